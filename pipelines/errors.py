@@ -1,0 +1,33 @@
+"""What can go wrong while a photo is edited, as the worker tells it apart.
+
+PipelineError
+├─ BadInput            the photo or the request; the job fails as `invalid_input` and is not tried again
+├─ OutOfMemory         the device; evict, try once more, then the job fails as `out_of_memory`
+├─ Cancelled           a cancel reached the run
+├─ DeadlineExceeded    the run used up its time on the device
+└─ WeightsError        the model cannot be loaded; the worker serves the others
+"""
+
+
+class PipelineError(Exception):
+    """Base of what the worker expects from a run."""
+
+
+class BadInput(PipelineError):
+    """Raised when a photo cannot be decoded or a request cannot be run by its model."""
+
+
+class OutOfMemory(PipelineError):
+    """Raised when the device has too little memory for a run."""
+
+
+class Cancelled(PipelineError):
+    """Raised when a run was told to stop before its next step."""
+
+
+class DeadlineExceeded(PipelineError):
+    """Raised when a run used up its time on the device."""
+
+
+class WeightsError(PipelineError):
+    """Raised when a model's weights are missing, damaged, of the wrong format or of another model."""
