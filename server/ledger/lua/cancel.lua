@@ -1,0 +1,23 @@
+-- CANCEL: a queued job ends at once; a running one is asked to stop before its next step.
+-- ARGV: owner ("" for any), job ids... Returns cancelled | requested | finished | unknown for each
+local replies = {}
+for i = 2, #ARGV do
+  local job = load_job(ARGV[i])
+  local answer
+  if not job.status or (ARGV[1] ~= "" and job.owner ~= ARGV[1]) then
+    answer = "unknown"
+  elseif job.status == "queued" then
+    remove_ready(job)
+    settle_cancelled(job)
+    answer = "cancelled"
+  elseif job.status == "running" then
+    redis.call("HSET", job_key(job.id), "cancel", 1)
+    redis.call("XADD", control_key, "MAXLEN", "~", 1000, "*", "type", "cancel", "job_id", job.id)
+    redis.call("PEXPIRE", control_key, 3600000)
+    answer = "requested"
+  else
+    answer = "finished"
+  end
+  replies[#replies + 1] = answer
+end
+return replies

@@ -1,0 +1,71 @@
+-- CLAIM: the best ready job of the given models: priority, then the owners in turn, then age.
+-- ARGV: worker id, claim token, lease in ms, number of jobs the worker holds, models...
+-- Returns {"none"} | {"alone"} (a suspect is next and must run alone: come back with empty hands) | {"job", field, value, ...}
+local worker_id, token, lease_ms, num_held = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+
+local function reply(id)
+  local fields = redis.call("HGETALL", job_key(id))
+  table.insert(fields, 1, "job")
+  return fields
+end
+
+-- A claim repeated after a lost reply gets the same job again.
+local last = load(worker_key(worker_id) .. ":claim", { "token", "job_id" })
+if last.token == token then
+  local job = load_job(last.job_id)
+  if job.status == "running" and job.worker == worker_id then return reply(job.id) end
+  return { "none" }
+end
+
+local function head(model, priority, owner) return redis.call("ZRANGE", ready_key(model, priority, owner), 0, 0, "WITHSCORES") end
+
+local function best(priority)
+  local chosen
+  for i = 5, #ARGV do
+    local model = ARGV[i]
+    local first = redis.call("ZRANGE", turns_key(model, priority), 0, 0, "WITHSCORES")
+    if first[1] then
+      local job = head(model, priority, first[1])
+      local candidate = { model = model, owner = first[1], turn = tonumber(first[2]), id = job[1], order = tonumber(job[2]) }
+      if not chosen or candidate.turn < chosen.turn
+        or (candidate.turn == chosen.turn and candidate.order < chosen.order) then
+        chosen = candidate
+      end
+    end
+  end
+  return chosen
+end
+
+for _, priority in ipairs(PRIORITIES) do
+  local chosen = best(priority)
+  if chosen then
+    local job = load_job(chosen.id)
+    if job.suspect == "1" and num_held > 0 then return { "alone" } end
+
+    remove_ready(job)
+    -- Whoever was served goes to the end of the line in each of the models that this worker serves.
+    for i = 5, #ARGV do
+      local turns = turns_key(ARGV[i], priority)
+      if redis.call("ZSCORE", turns, job.owner) then redis.call("ZADD", turns, next_turn(turns), job.owner) end
+    end
+
+    local key = job_key(job.id)
+    job.attempts = redis.call("HINCRBY", key, "attempts", 1)
+    redis.call("HINCRBY", key, "fence", 1)
+    redis.call("HSET", key, "status", "running", "worker", worker_id, "started_at", now, "on_device", 0)
+    redis.call("HDEL", key, "step", "total_steps", "error_code", "error_detail")
+    job.error_code = nil
+    redis.call("ZADD", leases_key, now + lease_ms, job.id)
+    move_count(job.batch_id, "queued", "running")
+    local batch = load(batch_key(job.batch_id), { "status", "started_at" })
+    if batch.status == "queued" then redis.call("HSET", batch_key(job.batch_id), "status", "running") end
+    if not batch.started_at then redis.call("HSET", batch_key(job.batch_id), "started_at", now) end
+    tell_job(job, "job.started", "running")
+
+    local claim = worker_key(worker_id) .. ":claim"
+    redis.call("HSET", claim, "token", token, "job_id", job.id)
+    redis.call("PEXPIRE", claim, 60000)
+    return reply(job.id)
+  end
+end
+return { "none" }

@@ -1,0 +1,50 @@
+"""Loads the Lua scripts: one file each, behind a shared prelude, with flags for what works when memory is full."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import redis
+from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
+
+from server.errors import LedgerUnavailable
+from server.queue import DRAMATIQ_NAMESPACE
+
+SCHEMA_VERSION = "1"
+
+# A full Redis must refuse new work and still let the accepted work drain.
+_FLAGS = {
+    "submit": "",
+    "read_batch": "flags=no-writes",
+    "read_job": "flags=no-writes",
+    "backlog": "flags=no-writes",
+}
+_DRAINING = "flags=allow-oom"
+
+
+@cache
+def script_text(name: str) -> str:
+    """Return the text of script `name` as Redis gets it."""
+    folder = files("server.ledger") / "lua"
+    flags = _FLAGS.get(name, _DRAINING)
+    parts = ((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", name))
+    return f"#!lua {flags}\n" + "\n".join(parts)
+
+
+def script_keys(key_prefix: str) -> list[str]:
+    """Return the KEYS that every script takes: the ledger's prefix and Dramatiq's namespace."""
+    return [key_prefix, DRAMATIQ_NAMESPACE]
+
+
+def unavailable(error: RedisError) -> LedgerUnavailable | None:
+    """Return what to raise for `error` when it means that Redis cannot serve now, None when it is a mistake of ours."""
+    transient = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
+    words = ("OOM", "MISCONF", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS")
+    if isinstance(error, transient) or str(error).startswith(words):
+        return LedgerUnavailable(f"Redis does not serve: {error}")
+    return None
+
+
+def as_map(flat: list[Any]) -> dict[str, str]:
+    """Turn the flat reply of HGETALL inside a script into a dict."""
+    return dict(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,186 @@
+"""The ledger as a worker uses it: claim, say what is on the device, renew, and hand in the result. Blocking calls."""
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from server.jobs import Job, JobInput, JobOutput
+from server.ledger.records import dump, parse_job
+from server.ledger.scripts import as_map, script_keys, script_text, unavailable
+from server.ledger.status import WorkerStatus, worker_fields
+from server.settings import RedisSettings
+
+Reply = Literal["ok", "cancelled", "lost", "failed"]
+ANNOUNCED_FOR_SECONDS = 30
+_SCRIPTS = ("claim", "start", "renew", "commit", "fail", "retry", "backlog")
+
+
+@dataclass(frozen=True)
+class Alone:
+    """CLAIM's answer when the next job is suspected of killing workers: come back with no other job in hand."""
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits for one model."""
+
+    num_ready: int
+    oldest_age_seconds: float
+
+
+@dataclass(frozen=True)
+class HeldJob:
+    """A job as RENEW needs it; steps are None until the run has begun."""
+
+    job_id: str
+    fence: int
+    step: int | None = None
+    total_steps: int | None = None
+
+
+@contextmanager
+def ledger_errors() -> Iterator[None]:
+    """Turn a Redis that does not serve into `LedgerUnavailable`; mistakes of ours stay what they are."""
+    try:
+        yield
+    except RedisError as error:
+        if (translated := unavailable(error)) is None:
+            raise
+        raise translated from error
+
+
+def connect(settings: RedisSettings, *, decode: bool = True) -> redis.Redis:
+    """Return a client that gives up after `timeout_seconds` and tries again twice; it connects at its first call."""
+    return redis.Redis.from_url(
+        settings.url,
+        password=settings.password.get_secret_value() if settings.password else None,
+        decode_responses=decode,
+        socket_timeout=settings.timeout_seconds,
+        socket_connect_timeout=settings.timeout_seconds,
+        health_check_interval=15,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
+    )
+
+
+class WorkerLedger:
+    """One worker's view of the ledger; safe to use from several threads."""
+
+    def __init__(self, client: redis.Redis, *, worker_id: str, key_prefix: str, lease_seconds: float) -> None:
+        self.worker_id = worker_id
+        self._client = client
+        self._prefix = key_prefix
+        self._lease_ms = int(lease_seconds * 1000)
+        self._keys = script_keys(key_prefix)
+        self._scripts = {name: client.register_script(script_text(name)) for name in _SCRIPTS}
+        self._claiming = threading.Lock()
+        # A token that is kept until its answer arrived makes a claim safe to repeat.
+        self._claim_token: str | None = None
+
+    def _run(self, name: str, *args: object) -> Any:
+        with ledger_errors():
+            return self._scripts[name](keys=self._keys, args=[*args])  # pyright: ignore[reportArgumentType]
+
+    def claim(self, models: Sequence[str], *, num_held: int) -> Job | Alone | None:
+        """Take the best ready job of `models`, or None when nothing is ready.
+
+        Raises:
+            LedgerUnavailable: Redis does not serve; the same claim is repeated by the next call.
+        """
+        with self._claiming:
+            self._claim_token = self._claim_token or uuid.uuid4().hex
+            reply = self._run("claim", self.worker_id, self._claim_token, self._lease_ms, num_held, *models)
+            self._claim_token = None
+        kind = reply[0]
+        if kind == "job":
+            return parse_job(as_map(reply[1:]))
+        return Alone() if kind == "alone" else None
+
+    def start(self, job_id: str, fence: int, *, on_device: bool) -> Reply:
+        """Say that the job goes on the device now, or has left it."""
+        return cast("Reply", self._run("start", job_id, fence, int(on_device)))
+
+    def renew(self, held: Sequence[HeldJob]) -> list[Reply]:
+        """Prolong the leases of all held jobs and publish their progress; answers are in the order of `held`."""
+        args: list[object] = []
+        for job in held:
+            step = "" if job.step is None else job.step
+            args += [job.job_id, job.fence, step, "" if job.total_steps is None else job.total_steps]
+        return cast("list[Reply]", self._run("renew", self._lease_ms, *args))
+
+    def commit(
+        self,
+        job_id: str,
+        fence: int,
+        *,
+        output: JobOutput,
+        timings: Mapping[str, float],
+        params: Mapping[str, Any],
+        inputs: Sequence[JobInput],
+    ) -> Reply:
+        """Make `output` the job's result, once; `lost` or `cancelled` mean that the object is nobody's."""
+        documents = (asdict(output), dict(timings), dict(params), [asdict(one) for one in inputs])
+        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents)))
+
+    def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
+        """End the job as failed, or as cancelled when that was asked for."""
+        return cast("Reply", self._run("fail", job_id, fence, code, detail, dump(dict(timings))))
+
+    def retry(
+        self, job_id: str, fence: int, *, delay_seconds: float, counts: bool, max_errors: int, code: str, detail: str
+    ) -> Reply:
+        """Give the job back to the queue; with `counts` it fails at its `max_errors`-th error instead."""
+        delay_ms = int(delay_seconds * 1000)
+        return cast("Reply", self._run("retry", job_id, fence, delay_ms, int(counts), code, detail, max_errors))
+
+    def backlog(self, models: Sequence[str]) -> dict[str, Backlog]:
+        """Return what waits for each of `models`."""
+        reply: dict[str, list[float]] = json.loads(self._run("backlog", *models)) if models else {}
+        return {
+            model: Backlog(num_ready=int(num_ready), oldest_age_seconds=oldest_ms / 1000)
+            for model, (num_ready, oldest_ms) in reply.items()
+        }
+
+    def announce(self, status: WorkerStatus) -> None:
+        """Tell the API what this worker serves; forgotten after `ANNOUNCED_FOR_SECONDS` without another call."""
+        key = f"{self._prefix}:worker:{self.worker_id}"
+        with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
+            pipe.hset(key, mapping=worker_fields(status))
+            pipe.expire(key, ANNOUNCED_FOR_SECONDS)
+            pipe.sadd(f"{self._prefix}:workers", self.worker_id)
+            pipe.expire(f"{self._prefix}:workers", ANNOUNCED_FOR_SECONDS)
+            pipe.execute()
+
+    def leave(self) -> None:
+        """Take the announcement back, as the last act of a worker that stops in order."""
+        with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
+            pipe.delete(f"{self._prefix}:worker:{self.worker_id}", f"{self._prefix}:worker:{self.worker_id}:claim")
+            pipe.srem(f"{self._prefix}:workers", self.worker_id)
+            pipe.execute()
+
+    def control_position(self) -> str:
+        """Return the id after which new control messages will stand."""
+        with ledger_errors():
+            last = cast("list[tuple[str, dict[str, str]]]", self._client.xrevrange(f"{self._prefix}:control", count=1))
+        return last[0][0] if last else "0-0"
+
+    def read_control(self, position: str, *, block_seconds: float) -> tuple[str, list[dict[str, str]]]:
+        """Wait for control messages after `position`; returns the new position and the messages, oldest first.
+
+        `block_seconds` must stay under the client's socket timeout.
+        """
+        with ledger_errors():
+            reply = cast(
+                "list[tuple[str, list[tuple[str, dict[str, str]]]]]",
+                self._client.xread({f"{self._prefix}:control": position}, block=int(block_seconds * 1000)),
+            )
+        entries = reply[0][1] if reply else []
+        return (entries[-1][0] if entries else position), [fields for _, fields in entries]

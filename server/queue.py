@@ -1,0 +1,51 @@
+"""How a bell reaches a worker: Dramatiq's broker, the queue of each model, and the one actor.
+
+The ledger orders the jobs; a Dramatiq message only says "look at the ledger". Losing one costs a moment, not a job.
+"""
+
+import os
+from collections.abc import Callable
+
+# Dramatiq reads it at import: one message in hand per queue, the rest stays where another worker can take it.
+os.environ.setdefault("dramatiq_queue_prefetch", "1")
+
+import dramatiq
+import redis
+from dramatiq.brokers.redis import RedisBroker
+
+ACTOR_NAME = "ring"
+DRAMATIQ_NAMESPACE = "dramatiq"
+
+
+def queue_name(key_prefix: str, model_id: str) -> str:
+    """Return the name of the Dramatiq queue that rings for a model; `prelude.lua` builds the same one."""
+    return f"{key_prefix}.{model_id}"
+
+
+def create_broker(client: redis.Redis) -> RedisBroker:
+    """Return a broker on `client`, which must not decode responses.
+
+    Every command does the upkeep of dead workers' bells: it is one look at a sorted set, and left to chance
+    (Dramatiq's default) a dead worker's message waits for minutes.
+    """
+    return RedisBroker(
+        client=client, namespace=DRAMATIQ_NAMESPACE, heartbeat_timeout=30_000, maintenance_chance=1_000_000
+    )
+
+
+def declare_ring(broker: RedisBroker, on_ring: Callable[[str], None], queue: str) -> None:
+    """Declare the actor that answers bells on `queue`.
+
+    `on_ring` gets the model's id and must return at once and never raise: Dramatiq then always acknowledges, and its
+    own retries, which lose messages while Redis is away, are never used.
+    """
+    broker.declare_actor(
+        dramatiq.Actor(
+            on_ring,
+            broker=broker,
+            actor_name=ACTOR_NAME,
+            queue_name=queue,
+            priority=0,
+            options={"max_retries": 0, "time_limit": float("inf")},
+        )
+    )
