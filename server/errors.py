@@ -131,15 +131,16 @@ class InvalidRequest(RequestError):
 
 
 class NothingAccepted(RequestError):
-    """Raised when every item of a request was refused."""
+    """Raised when every item of a request was refused; `field` is the list in the body that they stand in."""
 
     code = "nothing_accepted"
     title = "No item was accepted"
     http_status = 422
 
-    def __init__(self, detail: str, item_errors: tuple[ItemError, ...] = ()) -> None:
+    def __init__(self, detail: str, item_errors: tuple[ItemError, ...] = (), *, field: str = "items") -> None:
         super().__init__(detail)
         self.item_errors = item_errors
+        self.field = field
 
 
 class DependencyError(ServerError):

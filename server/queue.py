@@ -34,18 +34,21 @@ def create_broker(client: redis.Redis) -> RedisBroker:
 
 
 def declare_ring(broker: RedisBroker, on_ring: Callable[[str], None], queue: str) -> None:
-    """Declare the actor that answers bells on `queue`.
+    """Let the actor answer bells on `queue`; call it once for each queue, always with the same `on_ring`.
 
     `on_ring` gets the model's id and must return at once and never raise: Dramatiq then always acknowledges, and its
     own retries, which lose messages while Redis is away, are never used.
     """
-    broker.declare_actor(
-        dramatiq.Actor(
-            on_ring,
-            broker=broker,
-            actor_name=ACTOR_NAME,
-            queue_name=queue,
-            priority=0,
-            options={"max_retries": 0, "time_limit": float("inf")},
-        )
+    if ACTOR_NAME in broker.actors:
+        # Messages find their actor by name; a second queue needs no second actor, and Dramatiq refuses one.
+        broker.declare_queue(queue)
+        return
+    # An actor declares itself and its queue.
+    dramatiq.Actor(
+        on_ring,
+        broker=broker,
+        actor_name=ACTOR_NAME,
+        queue_name=queue,
+        priority=0,
+        options={"max_retries": 0, "time_limit": float("inf")},
     )

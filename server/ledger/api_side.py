@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import redis
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
@@ -84,7 +85,11 @@ async def ledger_errors() -> AsyncGenerator[None]:
 
 
 def connect(settings: RedisSettings) -> Redis:
-    """Return a client that answers or fails within about two timeouts; it connects at its first call."""
+    """Return a client that answers or fails within about two timeouts; it connects at its first call.
+
+    A broken connection is made anew once. A timeout is not tried again: redis-py would do so for connecting and for the
+    call, four times in all, while the client of the API waits.
+    """
     return Redis.from_url(
         settings.url,
         password=settings.password.get_secret_value() if settings.password else None,
@@ -92,7 +97,7 @@ def connect(settings: RedisSettings) -> Redis:
         socket_timeout=settings.timeout_seconds,
         socket_connect_timeout=settings.timeout_seconds,
         health_check_interval=15,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 1),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 1, supported_errors=(redis.ConnectionError,)),
     )
 
 

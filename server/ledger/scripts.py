@@ -36,12 +36,19 @@ def script_keys(key_prefix: str) -> list[str]:
     return [key_prefix, DRAMATIQ_NAMESPACE]
 
 
+def _reason(error: RedisError) -> str:
+    """Return what Redis said, without the command that redis-py puts before it in a pipeline: that is a user's data."""
+    reason = str(error).rpartition("of pipeline caused error: ")[2]
+    return reason.removeprefix("(").strip("'\",)")
+
+
 def unavailable(error: RedisError) -> LedgerUnavailable | None:
     """Return what to raise for `error` when it means that Redis cannot serve now, None when it is a mistake of ours."""
     transient = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
-    words = ("OOM", "MISCONF", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS")
-    if isinstance(error, transient) or str(error).startswith(words):
-        return LedgerUnavailable(f"Redis does not serve: {error}")
+    words = ("OOM", "MISCONF", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "BUSY ")
+    reason = _reason(error)
+    if isinstance(error, transient) or reason.startswith(words):
+        return LedgerUnavailable(f"Redis does not serve: {reason}")
     return None
 
 

@@ -21,7 +21,7 @@ from server.settings import RedisSettings
 
 Reply = Literal["ok", "cancelled", "lost", "failed"]
 ANNOUNCED_FOR_SECONDS = 30
-_SCRIPTS = ("claim", "start", "renew", "commit", "fail", "retry", "backlog")
+_SCRIPTS = ("claim", "start", "renew", "commit", "fail", "retry", "backlog", "announce")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class HeldJob:
     total_steps: int | None = None
 
 
+def _encodable(text: str) -> str:
+    """Escape what UTF-8 cannot say: an exception may quote a file name that is not text, and must still be recorded."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @contextmanager
 def ledger_errors() -> Iterator[None]:
     """Turn a Redis that does not serve into `LedgerUnavailable`; mistakes of ours stay what they are."""
@@ -59,7 +64,11 @@ def ledger_errors() -> Iterator[None]:
 
 
 def connect(settings: RedisSettings, *, decode: bool = True) -> redis.Redis:
-    """Return a client that gives up after `timeout_seconds` and tries again twice; it connects at its first call."""
+    """Return a client that answers or fails within about two timeouts; it connects at its first call.
+
+    A broken connection is made anew, twice. A timeout is not tried again: redis-py would do so for connecting and for
+    the call, nine times in all, and a lease may end before that.
+    """
     return redis.Redis.from_url(
         settings.url,
         password=settings.password.get_secret_value() if settings.password else None,
@@ -67,7 +76,7 @@ def connect(settings: RedisSettings, *, decode: bool = True) -> redis.Redis:
         socket_timeout=settings.timeout_seconds,
         socket_connect_timeout=settings.timeout_seconds,
         health_check_interval=15,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=1), 2, supported_errors=(redis.ConnectionError,)),
     )
 
 
@@ -132,14 +141,16 @@ class WorkerLedger:
 
     def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
         """End the job as failed, or as cancelled when that was asked for."""
-        return cast("Reply", self._run("fail", job_id, fence, code, detail, dump(dict(timings))))
+        return cast("Reply", self._run("fail", job_id, fence, code, _encodable(detail), dump(dict(timings))))
 
     def retry(
         self, job_id: str, fence: int, *, delay_seconds: float, counts: bool, max_errors: int, code: str, detail: str
     ) -> Reply:
         """Give the job back to the queue; with `counts` it fails at its `max_errors`-th error instead."""
         delay_ms = int(delay_seconds * 1000)
-        return cast("Reply", self._run("retry", job_id, fence, delay_ms, int(counts), code, detail, max_errors))
+        return cast(
+            "Reply", self._run("retry", job_id, fence, delay_ms, int(counts), code, _encodable(detail), max_errors)
+        )
 
     def backlog(self, models: Sequence[str]) -> dict[str, Backlog]:
         """Return what waits for each of `models`."""
@@ -151,13 +162,8 @@ class WorkerLedger:
 
     def announce(self, status: WorkerStatus) -> None:
         """Tell the API what this worker serves; forgotten after `ANNOUNCED_FOR_SECONDS` without another call."""
-        key = f"{self._prefix}:worker:{self.worker_id}"
-        with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
-            pipe.hset(key, mapping=worker_fields(status))
-            pipe.expire(key, ANNOUNCED_FOR_SECONDS)
-            pipe.sadd(f"{self._prefix}:workers", self.worker_id)
-            pipe.expire(f"{self._prefix}:workers", ANNOUNCED_FOR_SECONDS)
-            pipe.execute()
+        fields = (text for pair in worker_fields(status).items() for text in pair)
+        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, *fields)
 
     def leave(self) -> None:
         """Take the announcement back, as the last act of a worker that stops in order."""

@@ -43,10 +43,12 @@ for _, priority in ipairs(PRIORITIES) do
     if job.suspect == "1" and num_held > 0 then return { "alone" } end
 
     remove_ready(job)
-    -- Whoever was served goes to the end of the line in each of the models that this worker serves.
-    for i = 5, #ARGV do
-      local turns = turns_key(ARGV[i], priority)
-      if redis.call("ZSCORE", turns, job.owner) then redis.call("ZADD", turns, next_turn(turns), job.owner) end
+    -- Whoever was served goes to the end of the line in each of the models that this worker serves, with one turn for all.
+    local lines = {}
+    for i = 5, #ARGV do lines[#lines + 1] = turns_key(ARGV[i], priority) end
+    local turn = next_turn(lines)
+    for _, turns in ipairs(lines) do
+      if redis.call("ZSCORE", turns, job.owner) then redis.call("ZADD", turns, turn, job.owner) end
     end
 
     local key = job_key(job.id)

@@ -78,19 +78,22 @@ local function ring(model)
   redis.call("RPUSH", dramatiq .. ":" .. queue, id)
 end
 
--- An owner who begins to wait takes the last turn, so that nobody who waits already is passed.
--- The stamp follows the clock, so that stamps of different models can be compared, and never goes back.
-local function next_turn(turns)
-  local last = redis.call("ZREVRANGE", turns, 0, 0, "WITHSCORES")
-  local after_last = last[2] and tonumber(last[2]) + 1 or 0
-  return digits(math.max(now_micros, after_last))
+-- The turn after every turn in the given lines. An owner who begins to wait takes it, so that nobody who waits already is
+-- passed. It follows the clock, so that turns in different lines can be compared, but a clock set back is not followed.
+local function next_turn(lines)
+  local turn = now_micros
+  for _, turns in ipairs(lines) do
+    local last = redis.call("ZREVRANGE", turns, 0, 0, "WITHSCORES")
+    if last[2] then turn = math.max(turn, tonumber(last[2]) + 1) end
+  end
+  return digits(turn)
 end
 
 local function make_ready(job)
   local turns = turns_key(job.model, job.priority)
   redis.call("ZADD", ready_key(job.model, job.priority, job.owner), job.order, job.id)
   if not redis.call("ZSCORE", turns, job.owner) then
-    redis.call("ZADD", turns, next_turn(turns), job.owner)
+    redis.call("ZADD", turns, next_turn({ turns }), job.owner)
   end
 end
 

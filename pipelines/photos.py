@@ -1,0 +1,135 @@
+"""From a file's bytes to the pixels a model takes, and from a model's pixels to a file's bytes."""
+
+import io
+import struct
+import zlib
+from typing import Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+
+from pipelines.errors import BadInput
+from pipelines.sizes import check_photo_size, size_of_area
+
+OutputFormat = Literal["webp", "png", "jpeg"]
+
+CONTENT_TYPES: dict[OutputFormat, str] = {"webp": "image/webp", "png": "image/png", "jpeg": "image/jpeg"}
+MAX_OUTPUT_SIDES: dict[OutputFormat, int] = {"webp": 16383, "png": 2**31 - 1, "jpeg": 65500}
+
+# What Pillow's readers raise for damaged files.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, zlib.error)
+
+# How to turn the stored pixels upright, by the value of EXIF's orientation; 1, and what is not listed, is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode_photo(data: bytes, *, max_pixels: int) -> Image.Image:
+    """Decode a photo of any kind that cameras and editors write.
+
+    Args:
+        data: a whole JPEG, PNG or WEBP file; a name or a declared type plays no part.
+        max_pixels: upper bound of height x width, checked on the header, before anything is decoded.
+
+    Returns:
+        RGB, 8 bit, upright; 16 bits are scaled, what is transparent is laid on white. It carries nothing else of the
+        file, such as EXIF data or a colour profile.
+
+    Raises:
+        BadInput: the file is of another format, damaged, cut off, animated, or has too many pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
+            _check_header(image, max_pixels)
+            image.load()
+            upright = _turn_upright(image)
+            return _to_rgb(upright)
+    except UnidentifiedImageError:
+        raise BadInput("the file is not a JPEG, PNG or WEBP image, or its beginning is damaged") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        # Pillow's own bound is checked as the header is read; it lies above every sensible `max_pixels`.
+        raise BadInput(f"the image has more than the {max_pixels} pixels that are allowed") from None
+    except DECODE_ERRORS as error:
+        raise BadInput(f"the image is damaged or cut off: {error}") from error
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise BadInput(
+            f"the image has {image.width} x {image.height} = {image.width * image.height} pixels; "
+            f"at most {max_pixels} are allowed"
+        )
+    # MPO is a JPEG with further pictures behind the photo, as many phones write it: a preview, a depth map.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise BadInput("the image is animated; only still images are allowed")
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except DECODE_ERRORS:
+        # The pixels are fine, and viewers show such a photo as it lies.
+        return image
+    method = UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I;16":
+        # Pillow's own conversion clips: all but the darkest values would become white.
+        values = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode == "CMYK" and "adobe" not in image.info:
+        # Pillow inverts every CMYK JPEG, as Adobe stores them; one without Adobe's mark is stored as it is.
+        image = ImageChops.invert(image)
+    elif image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def fit_area(image: Image.Image, area: int) -> Image.Image:
+    """Scale a photo, up or down, to about `area` pixels, both sides a multiple of 16.
+
+    Args:
+        image: RGB, 8 bit, any size; orientation already applied.
+        area: height x width aimed at, in pixels, at least `pipelines.sizes.MIN_AREA`.
+
+    Returns:
+        RGB, 8 bit; the aspect ratio is kept within half a multiple on each side.
+
+    Raises:
+        BadInput: the photo is too narrow.
+    """
+    check_photo_size(image.height, image.width)
+    height, width = size_of_area(image.width / image.height, area)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def encode_photo(image: Image.Image, image_format: OutputFormat, quality: int = 80) -> bytes:
+    """Encode an output.
+
+    Args:
+        image: RGB, 8 bit.
+        image_format: a key of `CONTENT_TYPES`.
+        quality: 1 to 100; PNG loses nothing and has none.
+
+    Raises:
+        BadInput: the format cannot hold a side that long.
+    """
+    limit = MAX_OUTPUT_SIDES[image_format]
+    if max(image.size) > limit:
+        raise BadInput(f"{image_format} holds at most {limit} pixels a side, not {max(image.size)}: ask for png")
+    content = io.BytesIO()
+    options = {} if image_format == "png" else {"quality": quality}
+    image.save(content, image_format, **options)
+    return content.getvalue()

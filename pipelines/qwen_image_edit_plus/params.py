@@ -1,0 +1,25 @@
+"""The parameters of Qwen-Image-Edit 2509 and 2511, published as a JSON Schema and checked at submission."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from pipelines.sizes import SizeParams
+
+
+class Params(SizeParams):
+    """What a request may set on a Qwen-Image-Edit-Plus model."""
+
+    PIPELINES: ClassVar[tuple[str, ...]] = ("QwenImageEditPlusPipeline",)
+    MAX_INPUT_IMAGES: ClassVar[int] = 3
+    HAS_NEGATIVE_PROMPT: ClassVar[bool] = True
+
+    num_inference_steps: int = Field(default=40, ge=1, le=100, description="Denoising steps; time grows with them.")
+    true_cfg_scale: float = Field(
+        default=4.0,
+        ge=1.0,
+        le=20.0,
+        allow_inf_nan=False,
+        description="How strongly the prompt steers; above 1 each step runs the model twice, at 1 once and without a "
+        "negative prompt.",
+    )

@@ -1,0 +1,171 @@
+"""Turn one call of any diffusers pipeline into a run that can be resumed step by step, set aside, or given up.
+
+The pipeline's code stays as it is. Each run calls it in a thread of its own; at the end of every step the pipeline's
+callback hands the baton back to the lane, the thread that called `advance()`, and waits. So only the holder of the
+baton runs torch, and a pipeline that is not safe for threads is never in two at once.
+"""
+
+import copy
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]  # exported lazily
+from PIL import Image
+
+from pipelines.errors import OutOfMemory
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a job asks of its model; everything is decided, nothing is left to a default.
+
+    Attributes:
+        prompt: what to make of the photo.
+        negative_prompt: what to keep away from, where the family has one.
+        params: as `SizeParams.resolved` gives them: height, width and seed are numbers.
+        area: at which the model reads its photos, in pixels.
+    """
+
+    prompt: str
+    negative_prompt: str | None
+    params: dict[str, Any]
+    area: int
+
+
+@dataclass(frozen=True)
+class PipelineCall:
+    """One call of a pipeline, ready to be made.
+
+    Attributes:
+        kwargs: for the pipeline's `__call__`; the callback is added by the run.
+        first_advance: makes a context that must be open until the first step is done, for what can only be set from
+            outside the call.
+    """
+
+    kwargs: dict[str, Any]
+    first_advance: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+
+
+class RunClosed(BaseException):
+    """Raised inside the pipeline when its run is closed; not an Exception, so that no code there takes it for one."""
+
+
+class Run:
+    """One photo on its way through a pipeline.
+
+    `advance()` and `close()` are for one thread, the lane. Whoever starts a run closes it.
+
+    Attributes:
+        step: number of steps that are done.
+        total_steps: number of steps of the whole run.
+        image: the result, RGB; None until `advance()` has returned False.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, call: PipelineCall, *, num_threads: int | None = None) -> None:
+        # The scheduler counts steps and the call keeps state on the pipeline: both are this run's own. The models,
+        # which hold the memory, are shared.
+        self._pipeline: Any = copy.copy(pipeline)
+        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        self._device: torch.device = pipeline.device
+        self._call = call
+        self._num_threads = num_threads
+        self._thread: threading.Thread | None = None
+        self._may_run = threading.Semaphore(0)
+        self._handed_back = threading.Semaphore(0)
+        self._error: BaseException | None = None
+        self._closing = False
+        self.step = 0
+        self.total_steps: int = call.kwargs["num_inference_steps"]
+        self.image: Image.Image | None = None
+
+    def advance(self) -> bool:
+        """Run to the next step boundary; the first call also encodes prompt and photo, the last also decodes.
+
+        Returns:
+            True while more steps are to come, False when `image` is there.
+
+        Raises:
+            OutOfMemory: the device or the machine has too little memory. The run is over.
+            Exception: whatever the pipeline raised. The run is over.
+            RuntimeError: the run was over already.
+        """
+        if self._closing:
+            raise RuntimeError("the run is over: it cannot be advanced")
+        if self._thread is None:
+            # A daemon, since a lane that dies leaves its runs waiting: they must not keep the process alive.
+            self._thread = threading.Thread(target=self._run, name="pipeline-run", daemon=True)
+            with self._call.first_advance():
+                self._thread.start()
+                self._handed_back.acquire()
+        else:
+            self._may_run.release()
+            self._handed_back.acquire()
+        if self._error is None and self.image is None:
+            return True
+        self.close()
+        if self._error is not None:
+            error, self._error = self._error, None
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"too little memory for the run: {one_line(error)}") from error
+            raise error
+        return False
+
+    def close(self) -> None:
+        """Give the run up if it is not finished, and let go of all that it holds; may be called again at any time."""
+        self._closing = True
+        if self._thread is not None:
+            # For a thread that has ended, nobody takes the baton, and there is nothing to wait for.
+            self._may_run.release()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        # Both belong to a thread: what the lane's own thread has set does not hold here.
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        try:
+            output = self._pipeline(**self._call.kwargs, callback_on_step_end=self._end_step)
+            self.image = output.images[0]
+        except RunClosed:
+            self._pipeline.maybe_free_model_hooks()
+        except BaseException as error:  # noqa: BLE001 - carried to the lane, where advance() raises it
+            # The frames hold latents: on a full device they must go before anything else is tried.
+            traceback.clear_frames(error.__traceback__)
+            self._error = error
+            self._pipeline.maybe_free_model_hooks()
+        finally:
+            del self._pipeline, self._call
+            self._handed_back.release()
+
+    def _end_step(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        if self._device.type == "cuda":
+            # Kernels are queued long before they run: without this a step is reported done, and a closed run holds the
+            # device, ahead of what has really happened. It costs one launch gap a step.
+            torch.cuda.synchronize(self._device)
+        self.step = step + 1
+        self.total_steps = pipeline.num_timesteps
+        if self.step < self.total_steps:
+            self._handed_back.release()
+            self._may_run.acquire()
+        if self._closing:
+            raise RunClosed
+        return {}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means too little memory; on the CPU torch has no class for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """Give what an error is and says, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

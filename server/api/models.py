@@ -1,0 +1,108 @@
+"""`/v1/models` and `/v1/presets`: what can be asked for, and whether it would run now."""
+
+from typing import Any
+
+from litestar import get
+from litestar.di import NamedDependency
+from litestar.params import FromPath
+from pydantic import Field
+
+from server.api.services import Services
+from server.api.views import View
+from server.ledger.status import ModelStatus
+from server.model_entry import ModelEntry
+from server.prompts import ROOM_TYPES, STYLES
+
+
+class ModelView(View):
+    """A model, in the shape that OpenAI clients know, and more."""
+
+    id: str
+    object: str
+    created: int = Field(description="Not recorded: always 0.")
+    owned_by: str
+    name: str
+    description: str
+    version: str
+    license: str
+    area: int = Field(description="Pixels the model was trained on; outputs have about as many.")
+    defaults: dict[str, Any]
+    limits: dict[str, Any]
+    params_schema: dict[str, Any] = Field(description="JSON Schema of `params`.")
+    loras: list[dict[str, Any]]
+    ready: bool = Field(description="Whether a running worker serves it.")
+    not_ready_reason: str | None
+    resident_on: list[str] = Field(description="Workers that hold it in memory.")
+
+
+class ModelList(View):
+    """All models."""
+
+    object: str
+    data: list[ModelView]
+
+
+class Preset(View):
+    """The prompt of a room type in a style."""
+
+    room_type: str
+    style: str
+    prompt: str
+
+
+class PresetList(View):
+    """All room types, styles, and their prompts."""
+
+    room_types: list[str]
+    styles: list[str]
+    data: list[Preset]
+
+
+@get("/models", summary="List the models")
+async def list_models(services: NamedDependency[Services]) -> ModelList:
+    """Answer all models, those too that no worker serves now."""
+    statuses = await services.ledger.model_statuses(services.registry.ids)
+    return ModelList(object="list", data=[_view(entry, statuses[entry.id]) for entry in services.registry])
+
+
+@get("/models/{model_id:str}", summary="Read a model")
+async def read_model(model_id: FromPath[str], services: NamedDependency[Services]) -> ModelView:
+    """Answer one model."""
+    entry = services.registry.get(model_id)
+    statuses = await services.ledger.model_statuses([entry.id])
+    return _view(entry, statuses[entry.id])
+
+
+@get("/presets", summary="List the presets", sync_to_thread=False)
+def list_presets(services: NamedDependency[Services]) -> PresetList:
+    """Answer the room types, the styles and the prompt of each pair."""
+    return PresetList(
+        room_types=list(ROOM_TYPES),
+        styles=list(STYLES),
+        data=[
+            Preset(room_type=room_type, style=style, prompt=services.prompts.render(room_type, style))
+            for room_type in ROOM_TYPES
+            for style in STYLES
+        ],
+    )
+
+
+def _view(entry: ModelEntry, status: ModelStatus) -> ModelView:
+    return ModelView(
+        id=entry.id,
+        object="model",
+        created=0,
+        owned_by=entry.source.repo.partition("/")[0] if entry.source else "restage",
+        name=entry.name,
+        description=entry.description,
+        version=entry.version,
+        license=entry.license,
+        area=entry.area,
+        defaults=entry.defaults,
+        limits=entry.limits,
+        params_schema=entry.params_model.model_json_schema(),
+        loras=entry.loras,
+        ready=status.ready,
+        not_ready_reason=status.reason,
+        resident_on=list(status.resident_on),
+    )

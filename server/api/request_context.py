@@ -1,0 +1,56 @@
+"""Around every request, whatever becomes of it: an id, a line in the log, and headers that every answer has."""
+
+import re
+import secrets
+import time
+
+import structlog
+from litestar.types import ASGIApp, Message, Receive, Scope, Send
+
+_log = structlog.stdlib.get_logger()
+# Anything else from outside would let a client write into logs and headers.
+_SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
+_STATE_KEY = "request_id"
+
+
+def request_id(scope: Scope) -> str:
+    """Return the id of the request that `scope` belongs to."""
+    return scope["state"][_STATE_KEY]
+
+
+class RequestContext:
+    """Wraps the application from outside, so that unknown routes and failures go through it as well."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        chosen = given.decode("ascii") if _SANE_ID.fullmatch(given) else secrets.token_hex(16)
+        scope["state"][_STATE_KEY] = chosen
+        started_at = time.perf_counter()
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", chosen.encode("ascii")),
+                    (b"x-content-type-options", b"nosniff"),
+                    (b"referrer-policy", b"no-referrer"),
+                ]
+                # The path only: a query may hold what is not for a log.
+                _log.info(
+                    "request.answered",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=message["status"],
+                    seconds=round(time.perf_counter() - started_at, 4),
+                )
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=chosen):
+            await self._app(scope, receive, send_with_headers)

@@ -1,0 +1,132 @@
+"""`POST /v1/uploads`: forms with which clients send photos straight to the store."""
+
+import secrets
+from datetime import datetime
+from typing import Annotated, ClassVar
+
+from litestar import Response, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
+from pydantic import Field
+
+from server.api.services import Services
+from server.api.views import ItemErrorView, View, view_item_error
+from server.errors import ItemError, NothingAccepted, RequestError
+from server.images import CONTENT_TYPES
+from server.keys import Principal
+from server.ledger.records import UploadRecord
+from server.store import UploadForm
+from server.submit.look import FileTooLarge
+from server.submit.request import CountChecked, RequestModel
+
+
+class UnsupportedContentType(RequestError):
+    """Raised when a file is announced as something that is no photo; its bytes are looked at later."""
+
+    code: ClassVar[str] = "unsupported_content_type"
+    title: ClassVar[str] = "Not a type of photo that can be used"
+    http_status: ClassVar[int] = 422
+
+
+class FileRequest(RequestModel):
+    """One file to be sent."""
+
+    filename: str = Field(min_length=1, max_length=1024, description="For people; the store's key is another.")
+    content_type: str = Field(max_length=255, description="image/jpeg, image/png or image/webp.")
+    size_bytes: int = Field(ge=1, description="Exactly.")
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="With it the store refuses any other bytes."
+    )
+
+
+class UploadsRequest(RequestModel):
+    """Files to be sent, at most as many as a batch may have items."""
+
+    files: Annotated[list[FileRequest], Field(min_length=1), CountChecked]
+
+
+class UploadView(View):
+    """A form: POST `fields`, and last the file, named `file`, to `url` as multipart/form-data."""
+
+    upload_id: str
+    index: int = Field(description="Place in the request's `files`, from 0.")
+    method: str
+    url: str
+    fields: dict[str, str]
+    expires_at: datetime
+    max_size_bytes: int
+
+
+class UploadsView(View):
+    """The forms, and the files that were refused."""
+
+    uploads: list[UploadView]
+    errors: list[ItemErrorView]
+
+
+@post("/uploads", summary="Ask for upload forms")
+async def create_uploads(
+    data: JSONBody[UploadsRequest], services: NamedDependency[Services], principal: NamedDependency[Principal]
+) -> Response[UploadsView]:
+    """Answer a form for each file.
+
+    The store takes exactly the announced size and type, and with `sha256` exactly those bytes. 201 when every file got
+    a form, 207 when some did, 422 when none did.
+    """
+    limits = services.settings.limits
+    records: dict[int, UploadRecord] = {}
+    errors: list[ItemError] = []
+    for index, file in enumerate(data.files):
+        try:
+            records[index] = _announce(file, principal.owner, limits.max_upload_bytes)
+        except RequestError as error:
+            errors.append(ItemError(index, error.code, error.detail))
+    if not records:
+        raise NothingAccepted(
+            f"none of the {len(errors)} file(s) can be taken; see errors", tuple(errors), field="files"
+        )
+    await services.ledger.create_uploads(list(records.values()), ttl_seconds=limits.unused_upload_ttl_seconds)
+    uploads = [_view(index, record, _sign(services, record)) for index, record in records.items()]
+    view = UploadsView(uploads=uploads, errors=[view_item_error(error) for error in errors])
+    return Response(view, status_code=207 if errors else 201)
+
+
+def _announce(file: FileRequest, owner: str, max_upload_bytes: int) -> UploadRecord:
+    content_type = file.content_type.strip().lower()
+    if content_type not in CONTENT_TYPES.values():
+        raise UnsupportedContentType(f"{file.content_type!a} is not one of {', '.join(CONTENT_TYPES.values())}")
+    if file.size_bytes > max_upload_bytes:
+        raise FileTooLarge(f"the file has {file.size_bytes} bytes; at most {max_upload_bytes} are allowed")
+    upload_id = secrets.token_hex(16)
+    return UploadRecord(
+        id=upload_id,
+        owner=owner,
+        key=upload_id,
+        filename=file.filename,
+        content_type=content_type,
+        size_bytes=file.size_bytes,
+        sha256=None if file.sha256 is None else file.sha256.lower(),
+    )
+
+
+def _sign(services: Services, record: UploadRecord) -> UploadForm:
+    return services.store.upload_form(
+        record.key,
+        content_type=record.content_type,
+        min_size_bytes=record.size_bytes,
+        max_size_bytes=record.size_bytes,
+        sha256=record.sha256,
+        ttl_seconds=services.settings.limits.form_ttl_seconds,
+    )
+
+
+def _view(index: int, record: UploadRecord, form: UploadForm) -> UploadView:
+    return UploadView(
+        upload_id=record.id,
+        index=index,
+        method="POST",
+        url=form.url,
+        fields=form.fields,
+        expires_at=form.expires_at,
+        max_size_bytes=record.size_bytes,
+    )

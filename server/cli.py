@@ -1,0 +1,236 @@
+"""The command line: one thin command for each thing to do; a command imports what it needs when it runs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from server.client.errors import BadPhotos, ClientError
+from server.errors import ConfigError, ServerError
+
+if TYPE_CHECKING:
+    from server.keys import KeyStore, Priority, Role
+    from server.settings import Settings
+
+_EXIT_USAGE = 2
+
+_url_option = click.option(
+    "--url",
+    envvar="RESTAGE_URL",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="The server; or set RESTAGE_URL. A key for it is read from RESTAGE_API_KEY only.",
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="restage")
+def restage() -> None:
+    """Stage photos of empty rooms on your own GPUs."""
+
+
+@restage.command()
+@click.option(
+    "--data",
+    "data_dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path(".data"),
+    show_default=True,
+    help="Folder of everything that is kept; started again on it, open jobs go on.",
+)
+@click.option("--port", type=click.IntRange(0, 65535), help="Port of the API; 0 takes a free one.")
+@click.option("--workers", "num_workers", type=click.IntRange(1, 16), default=1, show_default=True)
+def up(data_dir: Path, port: int | None, num_workers: int) -> None:
+    """Run everything on this machine: Valkey, an S3 store, the API and workers."""
+    from server.supervisor import run_supervisor
+
+    sys.exit(run_supervisor(data_dir, port=port, num_workers=num_workers))
+
+
+@restage.command()
+def api() -> None:
+    """Run the HTTP API against a Redis and a store that are already there."""
+    from server.main import serve
+    from server.settings import load_settings
+
+    sys.exit(serve(load_settings()))
+
+
+@restage.command()
+@click.option("--device", help="cpu, or cuda:0 and so on; over worker.device of the settings.")
+def worker(device: str | None) -> None:
+    """Run one worker, which drives one device."""
+    from server.settings import load_settings
+    from server.worker.main import run_worker
+
+    sys.exit(run_worker(load_settings(), device))
+
+
+@restage.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--room-type", help="living_room, bedroom, kitchen, … (`default` when left out).")
+@click.option("--style", help="modern, scandinavian, industrial, … (`modern` when left out).")
+@click.option("--model", help="Id of a model; see `restage models`.")
+@click.option("--prompt", help="Your own words, in place of those of room type and style.")
+@click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the model, such as seed=7.")
+@click.option(
+    "--out",
+    "out_dir",
+    type=click.Path(path_type=Path),
+    default=Path("staged"),
+    show_default=True,
+    help="Folder for the results. Files of the same name are replaced.",
+)
+@click.option("--label", help="A name for the batch, such as an address.")
+@click.option("--no-wait", is_flag=True, help="Submit, print the batch's id and return.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
+@_url_option
+def submit(
+    photos: tuple[Path, ...],
+    params: tuple[str, ...],
+    out_dir: Path,
+    no_wait: bool,
+    as_json: bool,
+    url: str,
+    **given: str | None,
+) -> None:
+    """Stage PHOTOS as one batch and fetch the results as 001-<name>.webp and so on.
+
+    Exit status: 0 when all are done, 1 when some were refused or failed, 2 for a mistake in the command.
+    """
+    from server.client.batch import BatchRequest
+    from server.client.command import submit_photos
+    from server.client.photos import check_photos, prepare_folder
+
+    try:
+        check_photos(photos)
+        if not no_wait:
+            prepare_folder(out_dir)
+    except BadPhotos as error:
+        _print_errors(error.problems)
+        sys.exit(_EXIT_USAGE)
+    label = given.pop("label")
+    defaults: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if params:
+        defaults["params"] = _parse_params(params)
+    request = BatchRequest(photos=photos, defaults=defaults, label=label)
+    sys.exit(submit_photos(url, request, None if no_wait else out_dir, as_json=as_json))
+
+
+def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
+    """Read `KEY=VALUE` pairs; a value is JSON (7, 2.5, true) or else text."""
+    parsed: dict[str, Any] = {}
+    for param in params:
+        key, sign, value = param.partition("=")
+        if not sign or not key:
+            raise click.BadParameter(f"'{param}' is not KEY=VALUE, such as seed=7", param_hint="--param")
+        if key in parsed:
+            raise click.BadParameter(f"'{key}' is given twice", param_hint="--param")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    return parsed
+
+
+@restage.command()
+@_url_option
+def models(url: str) -> None:
+    """List the models of a server, and why one is not ready."""
+    from server.client.command import print_models
+
+    print_models(url)
+
+
+@restage.group()
+def config() -> None:
+    """Look at the configuration."""
+
+
+@config.command()
+@click.option("--up", "for_up", is_flag=True, help="As `restage up` sees it, which brings Redis and the store itself.")
+def check(for_up: bool) -> None:
+    """Check settings, registry and prompts without reaching for anything; every mistake is reported."""
+    from server.prompts import Prompts
+    from server.registry import load_registry
+    from server.settings import load_settings
+
+    settings = _load_settings_without_store() if for_up else load_settings()
+    problems: list[str] = []
+    for load in (lambda: load_registry(settings), lambda: Prompts.load(settings.config_dir)):
+        try:
+            load()
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    click.echo(f"the configuration '{settings.env_name}' in {settings.config_dir} is usable")
+    click.echo(f"models: {', '.join(settings.models.enabled)}")
+
+
+@restage.group()
+def keys() -> None:
+    """Make and withdraw the API keys of this machine."""
+
+
+@keys.command("add")
+@click.argument("owner")
+@click.option("--role", type=click.Choice(["user", "admin"]), default="user", show_default=True)
+@click.option("--max-priority", type=click.Choice(["high", "normal", "low"]), default="high", show_default=True)
+def add_key(owner: str, role: "Role", max_priority: "Priority") -> None:
+    """Make a key for OWNER and print it; it cannot be shown again."""
+    click.echo(_open_keys().add(owner, role, max_priority=max_priority))
+
+
+@keys.command("revoke")
+@click.argument("key_id")
+def revoke_key(key_id: str) -> None:
+    """Withdraw the key KEY_ID, at once."""
+    _open_keys().revoke(key_id)
+    click.echo(f"key {key_id} is withdrawn")
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List the keys, the oldest first; the secrets are not stored."""
+    for key in _open_keys().list():
+        click.echo(f"{key.id}  {key.role:5}  up to {key.max_priority:6}  since {key.created_at:%Y-%m-%d}  {key.owner}")
+
+
+def _open_keys() -> "KeyStore":
+    from server.keys import KeyStore
+
+    return KeyStore(_load_settings_without_store().auth.keys_file)
+
+
+def _load_settings_without_store() -> "Settings":
+    """Load the settings where the store's keys do not matter, or are set by `restage up` itself."""
+    import os
+
+    from server.settings import load_settings
+
+    kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("RESTAGE__STORE__")}
+    return load_settings(env=kept | {"RESTAGE__STORE__ACCESS_KEY": "unused", "RESTAGE__STORE__SECRET_KEY": "unused"})
+
+
+def main() -> None:
+    """Run a command; what is expected to go wrong ends it with one clear message and status 1."""
+    try:
+        restage()
+    except ConfigError as error:
+        click.echo("the configuration cannot be used:", err=True)
+        _print_errors(error.problems)
+    except (ServerError, ClientError) as error:
+        _print_errors([str(error)])
+    sys.exit(1)
+
+
+def _print_errors(lines: list[str]) -> None:
+    for line in lines:
+        click.echo(f"restage: {line}", err=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""The API process: the only place where its parts are made and put together."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+import uvicorn
+from litestar import Litestar, MediaType, Request, Router
+from litestar.datastructures import CacheControlHeader
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
+from litestar.openapi.spec import Components, SecurityScheme
+
+from server.api.auth import provide_principal, require_key
+from server.api.batches import cancel_batch, read_batch, submit_batch
+from server.api.bodies import StrictModels, StrictRequest
+from server.api.docs import DocsPage, docs_file, start_script
+from server.api.errors import exception_handlers
+from server.api.health import live, ready
+from server.api.jobs import cancel_job, read_job, redirect_to_output
+from server.api.models import list_models, list_presets, read_model
+from server.api.request_context import RequestContext
+from server.api.services import Services
+from server.api.uploads import create_uploads
+from server.keys import KeyStore
+from server.ledger.api_side import ApiLedger, connect
+from server.logs import configure_logging
+from server.prompts import Prompts
+from server.registry import Registry, load_registry
+from server.settings import Settings
+from server.store import Store
+from server.submit.accept import Submitter
+from server.submit.look import PhotoLook
+from server.submit.resolve import Resolver
+from server.sweeper import Sweeper
+
+_SHUTDOWN_TIMEOUT_SECONDS = 3
+_log = structlog.stdlib.get_logger()
+
+
+def create_app(settings: Settings) -> Litestar:
+    """Build the application. Nothing is connected before it is started.
+
+    Raises:
+        ConfigError: the registry, the prompts or the keys cannot be used.
+    """
+    registry = load_registry(settings)
+    prompts = Prompts.load(settings.config_dir)
+    keys = KeyStore(settings.auth.keys_file) if settings.auth.mode == "keys" else None
+
+    @asynccontextmanager
+    async def run(app: Litestar) -> AsyncGenerator[None]:
+        async with _open_services(settings, registry, prompts, keys) as services:
+            app.state.services = services
+            yield
+
+    app = Litestar(
+        [_create_v1_router(), live, ready, start_script, docs_file],
+        lifespan=[run],
+        request_class=StrictRequest,
+        request_max_body_size=settings.limits.max_body_bytes,
+        exception_handlers=exception_handlers(),
+        plugins=[StrictModels(max_items=settings.limits.max_batch_items)],
+        dependencies={"services": Provide(_provide_services, sync_to_thread=False)},
+        openapi_config=_describe_api(),
+        logging_config=None,
+    )
+    app.asgi_handler = RequestContext(app.asgi_handler)
+    return app
+
+
+def serve(settings: Settings) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status of the process.
+
+    Raises:
+        ConfigError: the registry, the prompts or the keys cannot be used, or Redis holds another version's ledger.
+        DependencyError: Redis or the store is away at the start.
+    """
+    configure_logging(settings.log)
+    app = create_app(settings)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.server.host,
+            port=settings.server.port,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            # Open event streams would hold a stopping server for ever.
+            timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_SECONDS,
+        )
+    )
+    try:
+        asyncio.run(_serve(app, server))
+    except SystemExit as stop:  # how uvicorn says that it cannot listen
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+async def _serve(app: Litestar, server: uvicorn.Server) -> None:
+    def stop() -> None:
+        server.should_exit = True
+
+    # uvicorn raises a signal anew once it has stopped; these handlers let that end in an orderly exit.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    # The lifespan is ours, not uvicorn's: what fails at the start reaches the caller as the error that it is.
+    try:
+        async with app.lifespan():
+            await server.serve()
+    except BaseExceptionGroup as group:  # Litestar's lifespan wraps whatever passes through it
+        raise _find_cause(group) from group
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    return _find_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+@asynccontextmanager
+async def _open_services(
+    settings: Settings, registry: Registry, prompts: Prompts, keys: KeyStore | None
+) -> AsyncGenerator[Services]:
+    """Make the clients, see that both servers can be used, and keep the ledger swept meanwhile."""
+    ledger = ApiLedger(connect(settings.redis), key_prefix=settings.redis.key_prefix)
+    store = Store(settings.store)
+    threads = anyio.CapacityLimiter(settings.store.pool_size)
+    look = PhotoLook(store, settings.limits, threads=threads, timeout_seconds=settings.store.read_timeout_seconds)
+    resolver = Resolver(
+        registry,
+        prompts,
+        default_model=settings.models.default,
+        max_prompt_characters=settings.limits.max_prompt_characters,
+    )
+    submitter = Submitter(settings, resolver=resolver, look=look, ledger=ledger)
+    try:
+        await ledger.check_schema()
+        await anyio.to_thread.run_sync(store.ensure_buckets)
+        sweeping = asyncio.create_task(Sweeper(ledger, settings, registry.ids).run())
+        _log.info("api.started", models=registry.ids, auth=settings.auth.mode)
+        try:
+            yield Services(settings, registry, prompts, keys, ledger, store, threads, submitter)
+        finally:
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+            _log.info("api.stopped")
+    finally:
+        await ledger.close()
+        store.close()
+
+
+def _create_v1_router() -> Router:
+    return Router(
+        "/v1",
+        route_handlers=[
+            create_uploads,
+            submit_batch,
+            read_batch,
+            cancel_batch,
+            read_job,
+            redirect_to_output,
+            cancel_job,
+            list_models,
+            read_model,
+            list_presets,
+        ],
+        guards=[require_key],
+        dependencies={"principal": Provide(provide_principal, sync_to_thread=False)},
+        security=[{"key": []}],
+        # Answers hold URLs that work without a key.
+        cache_control=CacheControlHeader(no_store=True),
+    )
+
+
+def _provide_services(request: Request[Any, Any, Any]) -> Services:
+    return request.app.state.services
+
+
+def _describe_api() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="Restage",
+        version=version("restage"),
+        description="Virtual staging on your own GPUs: photos of empty rooms in, staged photos out.",
+        path="/",
+        use_handler_docstrings=True,
+        render_plugins=[DocsPage(), JsonRenderPlugin(path="/openapi.json", media_type=MediaType.JSON)],
+        components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
+    )

@@ -1,0 +1,125 @@
+"""Turns a room type and a style into the prompt that the model is given, so that clients need not write one."""
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.config.allowed import explain, shown, suggest
+from server.config.files import ConfigFile, Problem, describe_problem, read_config_file
+from server.errors import ConfigError, InvalidRequest
+
+RoomType = Literal[
+    "living_room", "bedroom", "kitchen", "bathroom", "dining_room", "office", "entryway", "outdoor", "default"
+]
+Style = Literal["modern", "contemporary", "traditional", "industrial", "scandinavian"]
+ROOM_TYPES: Final[tuple[RoomType, ...]] = get_args(RoomType)
+STYLES: Final[tuple[Style, ...]] = get_args(Style)
+
+_PLACEHOLDERS = ("{room}", "{furnishing}")
+
+
+class UnknownPreset(InvalidRequest):
+    """Raised when a room type or a style is not one of those that there are prompts for."""
+
+    code = "unknown_preset"
+    title = "There is no such room type or style"
+
+
+class _Room(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1)
+    frame: str
+    furnishings: dict[str, str]
+
+
+class _PromptsFile(BaseModel):
+    """The shape of prompts.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frames: dict[str, str]
+    rooms: dict[str, _Room]
+
+
+class Prompts:
+    """One prompt for every room type and style."""
+
+    def __init__(self, texts: dict[tuple[str, str], str]) -> None:
+        self._texts = MappingProxyType(texts)
+
+    @classmethod
+    def load(cls, config_dir: Path) -> "Prompts":
+        """Read prompts.yaml.
+
+        Raises:
+            ConfigError: with one line for every mistake and every combination that is missing.
+        """
+        file = read_config_file(config_dir / "prompts.yaml")
+        problems = list(file.problems)
+        content = None
+        if file.is_readable:
+            try:
+                content = _PromptsFile.model_validate(file.content, strict=True)
+                problems += _check(file, content)
+            except ValidationError as error:
+                for details in error.errors(include_url=False):
+                    value = None if details["type"] == "missing" else shown(details["input"])
+                    problems.append(file.problem(details["loc"], value, explain(details, _PromptsFile)))
+        if problems or content is None:
+            problems.sort(key=lambda problem: problem.line or 0)
+            raise ConfigError([describe_problem(problem) for problem in problems])
+        return cls(
+            {
+                (room_type, style): _fill(content.frames[room.frame], room.name, furnishing)
+                for room_type, room in content.rooms.items()
+                for style, furnishing in room.furnishings.items()
+            }
+        )
+
+    def render(self, room_type: str, style: str) -> str:
+        """Give the prompt of a room type and a style.
+
+        Raises:
+            UnknownPreset: there is no such room type or style.
+        """
+        if room_type not in ROOM_TYPES:
+            raise UnknownPreset(f"there is no room type {shown(room_type)}; {suggest(room_type, ROOM_TYPES)}")
+        if style not in STYLES:
+            raise UnknownPreset(f"there is no style {shown(style)}; {suggest(style, STYLES)}")
+        return self._texts[room_type, style]
+
+
+def _fill(frame: str, room: str, furnishing: str) -> str:
+    return frame.replace("{room}", room).replace("{furnishing}", furnishing)
+
+
+def _check(file: ConfigFile, content: _PromptsFile) -> list[Problem]:
+    """Look for what a prompt would lack: a placeholder, a frame, a room type, a style."""
+    problems: list[Problem] = []
+    for name, frame in content.frames.items():
+        if any(frame.count(placeholder) != 1 for placeholder in _PLACEHOLDERS):
+            problems.append(file.problem(("frames", name), None, f"needs {' and '.join(_PLACEHOLDERS)} once each"))
+    problems += _compare(file, ("rooms",), set(content.rooms), ROOM_TYPES)
+    for room_type, room in content.rooms.items():
+        path = ("rooms", room_type)
+        if room.frame not in content.frames:
+            detail = f"is no frame; {suggest(room.frame, content.frames)}"
+            problems.append(file.problem((*path, "frame"), shown(room.frame), detail))
+        problems += _compare(file, (*path, "furnishings"), set(room.furnishings), STYLES)
+        problems += [
+            file.problem((*path, "furnishings", style), None, "needs text, not empty")
+            for style, furnishing in room.furnishings.items()
+            if not furnishing.strip()
+        ]
+    return problems
+
+
+def _compare(file: ConfigFile, path: tuple[str, ...], found: set[str], known: tuple[str, ...]) -> list[Problem]:
+    missing = [file.problem((*path, name), None, "is missing") for name in known if name not in found]
+    unknown = [
+        file.problem((*path, name), None, f"is unknown; {suggest(name, known)}") for name in sorted(found - set(known))
+    ]
+    return missing + unknown

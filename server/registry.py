@@ -1,0 +1,196 @@
+"""The models that are served: reads models.yaml and checks it against the families that run them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from pipelines.sizes import SizeParams
+from server.config.allowed import allowed_values, bounds_of, explain, plain_types, shown, suggest
+from server.config.files import ConfigFile, KeyPath, Problem, describe_problem, read_config_file
+from server.errors import ConfigError, RequestError
+from server.model_entry import (
+    MAX_INPUT_IMAGES,
+    Bounds,
+    InvalidParams,
+    ModelEntry,
+    families,
+    merge_params,
+    out_of_bounds,
+    params_of_family,
+)
+from server.settings import Settings
+
+__all__ = ["InvalidParams", "ModelEntry", "ModelNotFound", "Registry", "load_registry", "merge_params"]
+
+
+class ModelNotFound(RequestError):
+    """Raised when a request names a model that is not served here."""
+
+    code = "unknown_model"
+    title = "There is no such model"
+    http_status = 404
+
+
+class Registry:
+    """The models that are served, in the order of `models.enabled`."""
+
+    def __init__(self, entries: Sequence[ModelEntry]) -> None:
+        self._entries = {entry.id: entry for entry in entries}
+
+    def __iter__(self) -> Iterator[ModelEntry]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all models."""
+        return list(self._entries)
+
+    def get(self, model_id: str) -> ModelEntry:
+        """Find a model.
+
+        Raises:
+            ModelNotFound: no model with this id is served.
+        """
+        entry = self._entries.get(model_id)
+        if entry is None:
+            raise ModelNotFound(f"there is no model {shown(model_id)}; {suggest(model_id, self._entries)}")
+        return entry
+
+
+def load_registry(settings: Settings) -> Registry:
+    """Read `models.file`, check all of its entries, and keep the enabled ones.
+
+    Raises:
+        ConfigError: with one line for every mistake, such as `config/models.yaml:12: models[1].famil: is unknown; …`.
+    """
+    file = read_config_file(settings.models.file)
+    problems = [_in_models(problem) for problem in file.problems]
+    raw_entries: list[Any] = []
+    if file.is_readable and isinstance(file.content, list):
+        raw_entries = cast("list[Any]", file.content)
+        for index, raw in enumerate(raw_entries):
+            problems.extend(_check_entry(file, index, raw))
+        problems.extend(_duplicate_ids(file, raw_entries))
+        problems.extend(_check_enabled(file, settings, raw_entries))
+    elif file.is_readable:
+        problems.append(Problem(file.name, 1, "", None, "needs a list of models, each beginning with `- id:`"))
+    if problems:
+        problems.sort(key=lambda problem: (problem.line is None, problem.line or 0))
+        raise ConfigError([describe_problem(problem) for problem in problems])
+    by_id = {raw["id"]: raw for raw in raw_entries}
+    return Registry([ModelEntry.model_validate(by_id[model_id]) for model_id in settings.models.enabled])
+
+
+def _problem(file: ConfigFile, path: KeyPath, value: str | None, detail: str) -> Problem:
+    return _in_models(file.problem(path, value, detail))
+
+
+def _in_models(problem: Problem) -> Problem:
+    """Give the list, which has no name in the file, one to read."""
+    return replace(problem, key=f"models{problem.key}") if problem.key else problem
+
+
+def _check_entry(file: ConfigFile, index: int, raw: Any) -> Iterator[Problem]:
+    if not isinstance(raw, dict):
+        yield _problem(file, (index,), shown(raw), "needs a model: a mapping that begins with `id:`")
+        return
+    entry = cast("dict[Any, Any]", raw)
+    try:
+        ModelEntry.model_validate(entry, strict=True)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            path = (index, *details["loc"])
+            if details["type"] == "too_long":
+                yield _problem(file, path, None, "is not supported yet; leave it out")
+            else:
+                value = None if details["type"] == "missing" else shown(details["input"])
+                yield _problem(file, path, value, explain(details, ModelEntry))
+    family = entry.get("family")
+    if family in families():
+        yield from _check_against_family(file, index, entry, params_of_family(family))
+    elif isinstance(family, str):
+        yield _problem(file, (index, "family"), shown(family), f"is unknown; {suggest(family, families())}")
+
+
+def _check_against_family(
+    file: ConfigFile, index: int, entry: Mapping[Any, Any], params_model: type[SizeParams]
+) -> Iterator[Problem]:
+    pipeline = entry.get("pipeline")
+    if isinstance(pipeline, str) and pipeline not in params_model.PIPELINES:
+        detail = f"is unknown to the family {entry['family']}; {suggest(pipeline, params_model.PIPELINES)}"
+        yield _problem(file, (index, "pipeline"), shown(pipeline), detail)
+    bounds: Bounds = {}
+    for name, limit in _items(entry.get("limits")):
+        detail = _wrong_limit(params_model, name, limit)
+        if detail is not None:
+            yield _problem(file, (index, "limits", name), shown(limit), detail)
+        elif name != MAX_INPUT_IMAGES:
+            bounds[name] = (limit[0], limit[1])
+    defaults = dict(_items(entry.get("defaults")))
+    try:
+        values = params_model.model_validate(defaults).model_dump()
+    except ValidationError as error:
+        values = defaults
+        for details in error.errors(include_url=False):
+            path = (index, "defaults", *details["loc"])
+            yield _problem(file, path, shown(details["input"]), explain(details, params_model))
+    for name, detail in out_of_bounds(params_model, bounds, values):
+        yield _problem(file, (index, "limits", name), None, f"excludes the default: {name} {detail}")
+
+
+def _items(value: Any) -> list[tuple[Any, Any]]:
+    """List a mapping's items; anything else is told by the entry's own check."""
+    return list(cast("dict[Any, Any]", value).items()) if isinstance(value, dict) else []
+
+
+def _wrong_limit(params_model: type[SizeParams], name: Any, limit: Any) -> str | None:
+    """Say what is wrong with one limit; None where nothing is."""
+    if name == MAX_INPUT_IMAGES:
+        highest = params_model.MAX_INPUT_IMAGES
+        is_right = isinstance(limit, int) and not isinstance(limit, bool) and 1 <= limit <= highest
+        return None if is_right else f"needs a whole number from 1 to {highest}"
+    numbers = [
+        known
+        for known, field in params_model.model_fields.items()
+        if {int, float} & {kind for kind in plain_types(field.annotation) if isinstance(kind, type)}
+    ]
+    if name not in numbers:
+        return f"is unknown; {suggest(str(name), [*numbers, MAX_INPUT_IMAGES])}"
+    field = params_model.model_fields[name]
+    lowest, highest = bounds_of(field)
+    pair = cast("list[Any]", limit) if isinstance(limit, list) else []
+    is_pair = len(pair) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair)
+    if is_pair and lowest <= pair[0] <= pair[1] <= highest:
+        return None
+    return f"needs [lowest, highest], each {allowed_values(field).removesuffix(', or null')}"
+
+
+def _duplicate_ids(file: ConfigFile, raw_entries: list[Any]) -> Iterator[Problem]:
+    first: dict[str, int] = {}
+    for index, model_id in enumerate(_ids(raw_entries)):
+        if model_id is not None and first.setdefault(model_id, index) != index:
+            detail = f"is the id of models[{first[model_id]}] already"
+            yield _problem(file, (index, "id"), shown(model_id), detail)
+
+
+def _check_enabled(file: ConfigFile, settings: Settings, raw_entries: list[Any]) -> Iterator[Problem]:
+    known = [model_id for model_id in _ids(raw_entries) if model_id is not None]
+    for model_id in settings.models.enabled:
+        if model_id not in known:
+            detail = f"is no entry of this file; {suggest(model_id, known)}"
+            yield Problem(file.name, None, "models.enabled", shown(model_id), detail)
+    default = settings.models.default
+    if default not in settings.models.enabled:
+        detail = f"is not among models.enabled; {suggest(default, settings.models.enabled)}"
+        yield Problem(file.name, None, "models.default", shown(default), detail)
+
+
+def _ids(raw_entries: list[Any]) -> list[str | None]:
+    """Give each entry's id, None where there is none to speak of."""
+    ids = [cast("dict[Any, Any]", raw).get("id") if isinstance(raw, dict) else None for raw in raw_entries]
+    return [model_id if isinstance(model_id, str) else None for model_id in ids]

@@ -1,0 +1,190 @@
+"""From a request to an accepted batch: resolve each item, look at its photos, accept what is good, all or nothing."""
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from server.errors import (
+    IdempotencyConflict,
+    ItemError,
+    LedgerUnavailable,
+    NotFound,
+    NothingAccepted,
+    QueueFull,
+    RequestError,
+)
+from server.jobs import Batch, Job, JobInput, Priority
+from server.ledger.api_side import ApiLedger, Idempotency
+from server.ledger.records import UploadRecord
+from server.settings import Settings
+from server.submit.look import PhotoLook, UploadNotFound
+from server.submit.request import BatchRequest
+from server.submit.resolve import Draft, Resolver
+
+ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class IdempotencyKey:
+    """What the client sent to make a repeated request the same one; `body_sha256` is of the body in one spelling."""
+
+    key: str
+    body_sha256: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a client is told: the batch as it is now, and the items that were refused."""
+
+    batch: Batch
+    errors: tuple[ItemError, ...]
+
+    @property
+    def http_status(self) -> int:
+        """201 when every item was accepted, 207 when some were."""
+        return 207 if self.errors else 201
+
+
+class Submitter:
+    """Accepts batches. Holds nothing between two calls."""
+
+    def __init__(self, settings: Settings, *, resolver: Resolver, look: PhotoLook, ledger: ApiLedger) -> None:
+        self._settings = settings
+        self._resolver = resolver
+        self._look = look
+        self._ledger = ledger
+
+    async def submit(self, owner: str, request: BatchRequest, idempotency: IdempotencyKey | None) -> Submission:
+        """Accept the items that can be done, durably, and say of each other one why not.
+
+        Raises:
+            NothingAccepted: every item was refused.
+            IdempotencyConflict: the key was used before, with another body.
+            QueueFull: too many jobs are open.
+            DependencyError: Redis or the store is away; nothing was accepted, or the same key finds what was.
+        """
+        if idempotency and (first := await self._ledger.find_idempotent(owner, idempotency.key)):
+            if first[0] != idempotency.body_sha256:
+                raise _conflict()
+            return await self._replay(first[1])
+        drafts, errors = self._resolve(request)
+        photos = await self._look_at_photos(owner, drafts)
+        jobs: list[Job] = []
+        for draft in drafts:
+            try:
+                inputs = [_usable(photos[upload_id]) for upload_id in draft.upload_ids]
+                jobs.append(draft.complete(inputs, owner=owner, priority=Priority(request.priority)))
+            except RequestError as error:
+                errors.append(_item_error(draft.index, error))
+        return await self._accept(owner, request, jobs, errors, idempotency)
+
+    def _resolve(self, request: BatchRequest) -> tuple[list[Draft], list[ItemError]]:
+        drafts: list[Draft] = []
+        errors: list[ItemError] = []
+        for index, item in enumerate(request.items):
+            try:
+                drafts.append(self._resolver.draft(index, item, request.defaults))
+            except RequestError as error:
+                errors.append(_item_error(index, error))
+        return drafts, errors
+
+    async def _look_at_photos(self, owner: str, drafts: Sequence[Draft]) -> Mapping[str, JobInput | RequestError]:
+        upload_ids = list(dict.fromkeys(upload_id for draft in drafts for upload_id in draft.upload_ids))
+        # Anything else would be part of a key in Redis.
+        known = [upload_id for upload_id in upload_ids if ID_PATTERN.fullmatch(upload_id)]
+        records: dict[str, UploadRecord | None] = dict.fromkeys(upload_ids)
+        if known:
+            records |= dict(zip(known, await self._ledger.get_uploads(owner, known), strict=True))
+        return await self._look.look(records)
+
+    async def _accept(
+        self,
+        owner: str,
+        request: BatchRequest,
+        jobs: list[Job],
+        errors: list[ItemError],
+        idempotency: IdempotencyKey | None,
+    ) -> Submission:
+        while jobs:
+            batch = _new_batch(owner, request, jobs)
+            errors.sort(key=lambda error: error.index)
+            result = await self._ledger.submit(
+                batch,
+                records_ttl_seconds=self._settings.retention.records_seconds,
+                max_open_jobs=self._settings.limits.max_open_jobs,
+                idempotency=idempotency and self._keep(idempotency, batch.id, errors),
+            )
+            match result.kind:
+                case "accepted":
+                    return Submission(await self._read_accepted(batch), tuple(errors))
+                case "replayed":
+                    return await self._replay(result.text)
+                case "conflict":
+                    raise _conflict()
+                case "full":
+                    raise QueueFull(
+                        f"{self._settings.limits.max_open_jobs} jobs are open at most; try again when some are done"
+                    )
+                case "missing_upload":
+                    # It expired since we looked. What is left goes under a new id: an id stands for one content.
+                    gone = [job for job in jobs if any(one.upload_id == result.text for one in job.inputs)]
+                    errors += [_item_error(job.index, UploadNotFound("the upload has expired")) for job in gone]
+                    jobs = [job for job in jobs if job not in gone]
+        errors.sort(key=lambda error: error.index)
+        raise NothingAccepted(f"none of the {len(errors)} item(s) can be done; see errors", tuple(errors))
+
+    def _keep(self, idempotency: IdempotencyKey, batch_id: str, errors: Sequence[ItemError]) -> Idempotency:
+        answer = {"batch_id": batch_id, "errors": [asdict(error) for error in errors]}
+        return Idempotency(
+            key=idempotency.key,
+            body_sha256=idempotency.body_sha256,
+            answer=json.dumps(answer),
+            ttl_seconds=self._settings.limits.idempotency_ttl_seconds,
+        )
+
+    async def _read_accepted(self, batch: Batch) -> Batch:
+        """The batch with the ledger's own times. It is accepted whether it can be read now or not, so it is told."""
+        try:
+            return await self._ledger.read_batch(batch.id) or batch
+        except LedgerUnavailable:
+            return batch
+
+    async def _replay(self, answer: str) -> Submission:
+        first = json.loads(answer)
+        batch = await self._ledger.read_batch(first["batch_id"])
+        if batch is None:
+            raise NotFound(f"batch {first['batch_id']} of this idempotency key is gone; use a new key")
+        return Submission(batch, tuple(ItemError(**error) for error in first["errors"]))
+
+
+def _new_batch(owner: str, request: BatchRequest, jobs: Sequence[Job]) -> Batch:
+    # The id is drawn before the call, so that a call repeated after a lost reply finds its own work.
+    batch_id = secrets.token_hex(16)
+    now_ms = int(time.time() * 1000)  # shown only where the ledger's own times cannot be read
+    return Batch(
+        id=batch_id,
+        owner=owner,
+        priority=Priority(request.priority),
+        label=request.label,
+        metadata=request.metadata,
+        counts={"total": len(jobs), "queued": len(jobs), "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0},
+        created_at_ms=now_ms,
+        jobs=tuple(replace(job, batch_id=batch_id, created_at_ms=now_ms, queued_at_ms=now_ms) for job in jobs),
+    )
+
+
+def _usable(found: JobInput | RequestError) -> JobInput:
+    if isinstance(found, RequestError):
+        raise found
+    return found
+
+
+def _item_error(index: int, error: RequestError) -> ItemError:
+    return ItemError(index=index, code=error.code, detail=error.detail)
+
+
+def _conflict() -> IdempotencyConflict:
+    return IdempotencyConflict("this Idempotency-Key was used with another body; use a new key for a new request")

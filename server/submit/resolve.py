@@ -1,0 +1,163 @@
+"""Turns one item of a request into a job: model, prompt and parameters first, sizes once the photo is known."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipelines.errors import BadInput
+from pipelines.sizes import SizeParams, check_photo_size
+from server.errors import RequestError
+from server.jobs import Job, JobInput, OutputSpec, Priority
+from server.model_entry import ModelEntry
+from server.prompts import Prompts
+from server.registry import Registry
+from server.submit.request import ItemRequest, ItemSettings, merge_settings, output_spec
+
+DEFAULT_ROOM_TYPE = "default"
+DEFAULT_STYLE = "modern"
+_SEED_BITS = 32
+
+
+class InvalidPrompt(RequestError):
+    """Raised when a prompt is empty or longer than `limits.max_prompt_characters`."""
+
+    code = "invalid_prompt"
+    title = "The prompt cannot be used"
+    http_status = 422
+
+
+class NegativePromptNotSupported(RequestError):
+    """Raised when a negative prompt is given to a model that has none."""
+
+    code = "negative_prompt_not_supported"
+    title = "The model has no negative prompt"
+    http_status = 422
+
+
+class TooManyPhotos(RequestError):
+    """Raised when an item names more photos than its model reads at once."""
+
+    code = "too_many_photos"
+    title = "Too many photos for the model"
+    http_status = 422
+
+
+class UnusableShape(RequestError):
+    """Raised when a photo's sides are in a proportion that its model cannot run."""
+
+    code = "unusable_shape"
+    title = "The photo's shape cannot be used"
+    http_status = 422
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An item whose every setting is known but for what depends on its photos."""
+
+    index: int
+    upload_ids: tuple[str, ...]
+    entry: ModelEntry
+    params: SizeParams
+    prompt: str
+    negative_prompt: str | None
+    output_spec: OutputSpec
+    name: str | None
+    metadata: dict[str, str]
+
+    def complete(self, inputs: Sequence[JobInput], *, owner: str, priority: Priority) -> Job:
+        """Make the job; its parameters name height, width and seed even where the request did not.
+
+        Args:
+            inputs: the photos in the order of `upload_ids`; the first one decides on the size.
+            owner: whose job it is.
+            priority: of the batch.
+
+        Raises:
+            UnusableShape: a photo is too narrow for the model.
+        """
+        first = inputs[0]
+        try:
+            for photo in inputs:
+                check_photo_size(photo.height, photo.width)
+            params = self.params.resolved(first.height, first.width, self.entry.area, secrets.randbits(_SEED_BITS))
+        except BadInput as error:
+            raise UnusableShape(str(error)) from error
+        return Job(
+            id=secrets.token_hex(16),
+            batch_id="",
+            index=self.index,
+            owner=owner,
+            model=self.entry.id,
+            model_version=self.entry.version,
+            prompt=self.prompt,
+            negative_prompt=self.negative_prompt,
+            params=params,
+            inputs=tuple(inputs),
+            output_spec=self.output_spec,
+            name=self.name,
+            metadata=self.metadata,
+            priority=priority,
+        )
+
+
+class Resolver:
+    """Knows the models, the prompts and the limits that an item is resolved against."""
+
+    def __init__(self, registry: Registry, prompts: Prompts, *, default_model: str, max_prompt_characters: int) -> None:
+        self._registry = registry
+        self._prompts = prompts
+        self._default_model = default_model
+        self._max_prompt_characters = max_prompt_characters
+
+    def draft(self, index: int, item: ItemRequest, defaults: ItemSettings) -> Draft:
+        """Decide all that can be decided without the photo.
+
+        Raises:
+            RequestError: the item asks for something that there is not; `code` and `detail` go to the client.
+        """
+        settings = merge_settings(defaults, item)
+        entry = self._registry.get(settings.model if settings.model is not None else self._default_model)
+        if len(item.sources) > entry.max_input_images:
+            raise TooManyPhotos(
+                f"model {entry.id} reads at most {entry.max_input_images} photo(s) at once, not {len(item.sources)}"
+            )
+        return Draft(
+            index=index,
+            upload_ids=tuple(item.sources),
+            entry=entry,
+            params=entry.resolve_params(settings.params or {}),
+            prompt=self._prompt(settings),
+            negative_prompt=self._negative_prompt(settings, entry),
+            output_spec=output_spec(settings.output),
+            name=item.name,
+            metadata=item.metadata,
+        )
+
+    def _prompt(self, settings: ItemSettings) -> str:
+        # Rendered even where a prompt replaces it: a mistyped room type must not pass unseen.
+        preset = self._prompts.render(
+            DEFAULT_ROOM_TYPE if settings.room_type is None else settings.room_type,
+            DEFAULT_STYLE if settings.style is None else settings.style,
+        )
+        if settings.prompt is None:
+            return preset
+        self._check_length("prompt", settings.prompt)
+        if not settings.prompt.strip():
+            raise InvalidPrompt("prompt is empty; leave it out to take the one of room_type and style")
+        return settings.prompt
+
+    def _negative_prompt(self, settings: ItemSettings, entry: ModelEntry) -> str | None:
+        if settings.negative_prompt is None:
+            return None
+        self._check_length("negative_prompt", settings.negative_prompt)
+        if not entry.has_negative_prompt:
+            raise NegativePromptNotSupported(
+                f"model {entry.id} has no negative prompt; leave it out, or set it to null where `defaults` has one"
+            )
+        return settings.negative_prompt
+
+    def _check_length(self, field: str, text: str) -> None:
+        if len(text) > self._max_prompt_characters:
+            raise InvalidPrompt(
+                f"{field} has {len(text)} characters; at most {self._max_prompt_characters} are allowed"
+            )

@@ -1,0 +1,53 @@
+"""Hears what the API tells all workers: a cancelled job stops before its next step, not at the next renewal."""
+
+import threading
+
+import structlog
+
+from server.errors import LedgerUnavailable
+from server.ledger.worker_side import WorkerLedger
+from server.worker.hand import Hand
+from server.worker.patience import LONGEST_DELAY_SECONDS, Outage
+
+log = structlog.stdlib.get_logger()
+
+
+class ControlReader:
+    """Reads the control stream. A message that is missed comes with the next renewal instead.
+
+    Args:
+        ledger: with a client of its own, since the calls block.
+        outage: of the ledger.
+        hand: the jobs that may be concerned.
+        block_seconds: how long one call may wait; less than the client's timeout.
+    """
+
+    def __init__(self, ledger: WorkerLedger, outage: Outage, hand: Hand, *, block_seconds: float) -> None:
+        self._ledger = ledger
+        self._outage = outage
+        self._hand = hand
+        self._block_seconds = block_seconds
+        self._stopping = threading.Event()
+        self._position: str | None = None
+
+    def stop(self) -> None:
+        """Let the thread end after the call that it is in."""
+        self._stopping.set()
+
+    def run(self) -> None:
+        """Read until `stop`."""
+        while not self._stopping.is_set():
+            try:
+                self._read()
+            except LedgerUnavailable as error:
+                self._outage.note(error)
+                self._stopping.wait(LONGEST_DELAY_SECONDS)
+
+    def _read(self) -> None:
+        if self._position is None:
+            self._position = self._ledger.control_position()
+        self._position, messages = self._ledger.read_control(self._position, block_seconds=self._block_seconds)
+        for message in messages:
+            if message.get("type") == "cancel":
+                for in_hand in self._hand.find(message["job_id"]):
+                    in_hand.cancelled = True

@@ -1,0 +1,9 @@
+"""What stops the work on a job inside the worker, beside what a pipeline or a dependency raises."""
+
+
+class LeaseLost(Exception):
+    """Raised when a job is not ours any more: what we have of it is dropped, and nothing else is touched."""
+
+
+class ModelUnavailable(Exception):
+    """Raised when a job needs a model that this worker cannot load; another worker may."""

@@ -1,0 +1,253 @@
+"""What happens to one job around its run on the device: stage the photo, store the output, settle what went wrong."""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import replace
+from typing import cast
+
+import structlog
+from PIL import Image
+
+from pipelines.errors import BadInput, Cancelled, DeadlineExceeded, OutOfMemory
+from pipelines.photos import CONTENT_TYPES, OutputFormat, decode_photo, encode_photo
+from server.errors import DependencyError, ObjectChanged, ObjectNotFound, StoreUnavailable
+from server.jobs import JobInput, JobOutput
+from server.ledger.worker_side import WorkerLedger
+from server.registry import Registry
+from server.settings import WorkerSettings
+from server.store import Store
+from server.worker.errors import LeaseLost, ModelUnavailable
+from server.worker.hand import Hand, JobInHand
+from server.worker.patience import Outage
+from server.worker.sizing import final_params, sized_output
+
+# What ends a job at its first occurrence, since another try would end the same way.
+FINAL_CODES: Mapping[type[Exception], str] = {
+    BadInput: "invalid_input",
+    ObjectNotFound: "input_missing",
+    ObjectChanged: "input_changed",
+    Cancelled: "cancelled",
+    DeadlineExceeded: "deadline_exceeded",
+    OutOfMemory: "out_of_memory",
+}
+LONGEST_RETRY_SECONDS = 60.0
+
+log = structlog.stdlib.get_logger()
+
+
+def failure_of(step: Callable[[], object]) -> Exception | None:
+    """Run `step` and return what it raised.
+
+    The one place that catches everything: what goes wrong with a job must not end the worker.
+    """
+    try:
+        step()
+    except Exception as error:  # noqa: BLE001
+        return error
+    return None
+
+
+class JobRunner:
+    """Takes jobs to the lane and from it, in stage threads; its methods return at once, whichever thread calls them.
+
+    Args:
+        registry: knows the job's model.
+        store: where photos come from and outputs go.
+        ledger: hears how each job ends.
+        hand: which the job then leaves.
+        store_outage: of the store.
+        ledger_outage: of the ledger.
+        settings: of the worker.
+        max_image_pixels: photos with more are refused before they are decoded.
+        pool: the stage threads.
+        on_bug: gets an error that even settling a job could not deal with.
+    """
+
+    def __init__(
+        self,
+        *,
+        registry: Registry,
+        store: Store,
+        ledger: WorkerLedger,
+        hand: Hand,
+        store_outage: Outage,
+        ledger_outage: Outage,
+        settings: WorkerSettings,
+        max_image_pixels: int,
+        pool: Executor,
+        on_bug: Callable[[BaseException], None],
+    ) -> None:
+        self._registry = registry
+        self._store = store
+        self._ledger = ledger
+        self._hand = hand
+        self._store_outage = store_outage
+        self._ledger_outage = ledger_outage
+        self._settings = settings
+        self._max_image_pixels = max_image_pixels
+        self._pool = pool
+        self._on_bug = on_bug
+
+    def begin(self, in_hand: JobInHand, to_lane: Callable[[JobInHand], None]) -> None:
+        """Fetch and decode the photos, then give the job to the lane."""
+        self._in_pool(in_hand, lambda: self._stage(in_hand, to_lane))
+
+    def finish(self, in_hand: JobInHand, image: Image.Image) -> None:
+        """Encode and store what the device made, and commit it."""
+        self._in_pool(in_hand, lambda: self._hand_in(in_hand, image))
+
+    def fail(self, in_hand: JobInHand, error: Exception) -> None:
+        """Tell the ledger why the run ended without an image."""
+        self._submit(lambda: self._settle(in_hand, error))
+
+    def _in_pool(self, in_hand: JobInHand, step: Callable[[], None]) -> None:
+        def run() -> None:
+            error = failure_of(step)
+            if error is not None:
+                self._settle(in_hand, error)
+
+        self._submit(run)
+
+    def _submit(self, step: Callable[[], None]) -> None:
+        self._pool.submit(step).add_done_callback(self._look_at)
+
+    def _look_at(self, done: "Future[None]") -> None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self._on_bug(error)
+
+    def _stage(self, in_hand: JobInHand, to_lane: Callable[[JobInHand], None]) -> None:
+        started = time.monotonic()
+        fetched = [self._fetch(in_hand, recorded) for recorded in in_hand.job.inputs]
+        in_hand.photos = [photo for photo, _ in fetched]
+        in_hand.inputs = tuple(found for _, found in fetched)
+        entry = self._registry.get(in_hand.job.model)
+        in_hand.params = final_params(entry, in_hand.job, in_hand.photos[0])
+        in_hand.timings["fetch"] = time.monotonic() - started
+        to_lane(in_hand)
+
+    def _fetch(self, in_hand: JobInHand, recorded: JobInput) -> tuple[Image.Image, JobInput]:
+        in_hand.check()
+        data = self._store_outage.outwait(
+            lambda: self._store.fetch_upload(recorded.key, recorded.etag),
+            check=in_hand.check,
+            patience_seconds=self._settings.job_timeout_seconds,
+        )
+        sha256 = hashlib.sha256(data).hexdigest()
+        if recorded.sha256 not in {None, sha256}:
+            raise ObjectChanged(f"The photo {recorded.upload_id} does not have the sha256 it was announced with.")
+        photo = decode_photo(data, max_pixels=self._max_image_pixels)
+        return photo, replace(recorded, sha256=sha256, height=photo.height, width=photo.width)
+
+    def _hand_in(self, in_hand: JobInHand, image: Image.Image) -> None:
+        started = time.monotonic()
+        in_hand.check()
+        data, output = encode_output(in_hand, image)
+        error = failure_of(lambda: self._put(in_hand, data, output))
+        if error is not None:
+            self._delete(output)  # a try that failed may have stored it all the same
+            raise error
+        in_hand.timings["store"] = time.monotonic() - started
+        # From the first try of a commit on only its answer counts: while there is none, the object may be the result.
+        reply = self._ledger_outage.outwait(
+            lambda: self._ledger.commit(
+                in_hand.job.id,
+                in_hand.job.fence,
+                output=output,
+                timings=in_hand.timings,
+                params=in_hand.params,
+                inputs=in_hand.inputs,
+            ),
+            check=in_hand.check_process,
+        )
+        if reply != "ok":
+            self._delete(output)
+        self._close(in_hand, "succeeded" if reply == "ok" else reply)
+
+    def _put(self, in_hand: JobInHand, data: bytes, output: JobOutput) -> None:
+        self._store_outage.outwait(
+            lambda: self._store.put_output(output.key, data, output.content_type),
+            check=in_hand.check,
+            patience_seconds=self._settings.job_timeout_seconds,
+        )
+        in_hand.check()
+
+    def _delete(self, output: JobOutput) -> None:
+        try:
+            self._store.delete_output(output.key)
+        except StoreUnavailable as error:
+            log.warning("output.left_behind", key=output.key, error=error.detail)
+
+    def _settle(self, in_hand: JobInHand, error: Exception) -> None:
+        if not is_expected(error):
+            log.error("job.crashed", job=in_hand.job.id, model=in_hand.job.model, exc_info=error)
+        try:
+            in_hand.check_lease()
+            end = self._ledger_outage.outwait(lambda: self._tell(in_hand, error), check=in_hand.check_lease)
+        except LeaseLost:
+            end = "lost"
+        self._close(in_hand, end, error=f"{type(error).__name__}: {error}")
+
+    def _tell(self, in_hand: JobInHand, error: Exception) -> str:
+        """Tell the ledger how the try ended; returns what became of the job."""
+        job = in_hand.job
+        if (code := final_code(error)) is not None:
+            reply = self._ledger.fail(job.id, job.fence, code=code, detail=str(error), timings=in_hand.timings)
+            return "failed" if reply == "ok" else reply
+        # What is away comes back, and what this worker cannot load another may: neither costs the job anything.
+        counts = not is_expected(error)
+        reply = self._ledger.retry(
+            job.id,
+            job.fence,
+            delay_seconds=retry_delay_seconds(job.attempts, self._settings.retry_base_seconds),
+            counts=counts,
+            max_errors=self._settings.max_errors,
+            code="internal_error" if counts else "not_served",
+            detail=f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id.",
+        )
+        return "retrying" if reply == "ok" else reply
+
+    def _close(self, in_hand: JobInHand, end: str, error: str | None = None) -> None:
+        job = in_hand.job
+        fields: dict[str, object] = {"job": job.id, "model": job.model, "attempt": job.attempts}
+        if in_hand.step is not None:
+            fields |= {"step": in_hand.step, "total_steps": in_hand.total_steps}
+        if error is not None:
+            fields |= {"error": error}
+        fields |= {f"{phase}_seconds": round(seconds, 3) for phase, seconds in in_hand.timings.items()}
+        event = f"job.{end}"
+        log.info(event, **fields)
+        self._hand.release(in_hand)
+
+
+def encode_output(in_hand: JobInHand, image: Image.Image) -> tuple[bytes, JobOutput]:
+    """Encode a result as the job asks, and describe it; its key is this try's own."""
+    job, photo = in_hand.job, in_hand.inputs[0]
+    image = sized_output(image, job.output_spec, (photo.height, photo.width))
+    image_format = cast("OutputFormat", job.output_spec.format)
+    data = encode_photo(image, image_format, job.output_spec.quality)
+    return data, JobOutput(
+        key=f"{job.id}/{job.fence}/output.{'jpg' if image_format == 'jpeg' else image_format}",
+        sha256=hashlib.sha256(data).hexdigest(),
+        content_type=CONTENT_TYPES[image_format],
+        height=image.height,
+        width=image.width,
+        size_bytes=len(data),
+    )
+
+
+def final_code(error: Exception) -> str | None:
+    """Return the code under which `error` ends a job, or None when another try may do better."""
+    return next((code for kind, code in FINAL_CODES.items() if isinstance(error, kind)), None)
+
+
+def is_expected(error: Exception) -> bool:
+    """Tell what a worker must reckon with from a bug."""
+    return final_code(error) is not None or isinstance(error, DependencyError | ModelUnavailable | LeaseLost)
+
+
+def retry_delay_seconds(attempts: int, base_seconds: float) -> float:
+    """Return how long a job waits before its next try: twice as long after each."""
+    return min(base_seconds * 2 ** (attempts - 1), LONGEST_RETRY_SECONDS)

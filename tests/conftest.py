@@ -1,0 +1,170 @@
+"""Real servers, weights and settings for every tier; each pytest worker has servers of its own."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from server.embedded import EmbeddedServerFailed, EmbeddedStore, EmbeddedValkey, valkey_binary, weed_binary
+from server.settings import Settings, StoreSettings, load_settings
+from server.store import Store
+
+# Nothing is ever downloaded: before any test imports a library that would.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@dataclass
+class Valkey:
+    """An empty database 0 on a real Valkey; `server` may be killed and started by a test that makes its own."""
+
+    url: str
+    server: EmbeddedValkey
+    clients: list[redis.Redis] = field(default_factory=list)
+
+    def client(self, **options: Any) -> redis.Redis:
+        """Connect; closed after the test. Keyword arguments as for `redis.Redis.from_url`."""
+        connected = redis.Redis.from_url(self.url, **{"socket_timeout": 10, **options})
+        self.clients.append(connected)
+        return connected
+
+
+@dataclass
+class S3:
+    """A real S3 server with both buckets made."""
+
+    server: EmbeddedStore
+    settings: StoreSettings
+    store: Store
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that point the settings of any Restage process here."""
+        return {
+            "RESTAGE__STORE__ENDPOINT": self.server.endpoint,
+            "RESTAGE__STORE__ACCESS_KEY": self.server.access_key,
+            "RESTAGE__STORE__SECRET_KEY": self.server.secret_key,
+        }
+
+
+def need(find_binary: Callable[[], Path]) -> None:
+    """Skip the test where a server's program is not installed; fail it under CI."""
+    try:
+        find_binary()
+    except EmbeddedServerFailed as error:
+        if os.environ.get("CI"):
+            pytest.fail(str(error))
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def valkey_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """One Valkey for all tests of a pytest worker; ask for `valkey` instead, which is emptied for each test."""
+    need(valkey_binary)
+    server = EmbeddedValkey(tmp_path_factory.mktemp("valkey-server") / "valkey")
+    server.start()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture
+def valkey(valkey_server: EmbeddedValkey) -> Iterator[Valkey]:
+    """Give an empty real Valkey: `.url`, `.client()`."""
+    if not valkey_server.child.is_running:
+        pytest.fail(f"valkey has died; its last output:\n{valkey_server.tail()}")
+    database = Valkey(valkey_server.url, valkey_server)
+    database.client().flushall()
+    yield database
+    for client in database.clients:
+        client.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedStore]:
+    """One SeaweedFS for all tests of a pytest worker."""
+    need(weed_binary)
+    server = EmbeddedStore(tmp_path_factory.mktemp("s3-server") / "store")
+    server.start()
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3(s3_server: EmbeddedStore) -> Iterator[S3]:
+    """Give a real S3 server: `.settings` for a Store, a ready `.store`, `.environment` for processes.
+
+    Objects stay for the whole session: tests use keys of their own.
+    """
+    store = Store(s3_server.settings)
+    yield S3(s3_server, s3_server.settings, store)
+    store.close()
+
+
+@pytest.fixture(scope="session")
+def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the weights of all tiny twins, made once for all pytest workers of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    from pipelines.tiny import make_tiny_weights
+
+    with (folder / "weights.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_tiny_weights(folder / "weights")  # those that exist are left as they are
+    return folder / "weights"
+
+
+@pytest.fixture
+def settings_for() -> Callable[..., Settings]:
+    """Give a function that loads the test configuration: `settings_for(valkey=…, s3=…, RESTAGE__A__B="…")`."""
+
+    def load(*, valkey: Valkey | None = None, s3: S3 | None = None, **environment: str) -> Settings:
+        env = {"RESTAGE_ENV": "test"}
+        if valkey is not None:
+            env["RESTAGE__REDIS__URL"] = valkey.url
+        if s3 is not None:
+            env |= s3.environment
+        return load_settings(REPOSITORY / "config", env | environment)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """Give a function that waits until a condition holds: `wait_until(condition, timeout_seconds=10.0)`."""
+
+    def wait(condition: Callable[[], Any], timeout_seconds: float = 10.0) -> None:
+        deadline = time.monotonic() + timeout_seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {timeout_seconds:g} s")
+            time.sleep(0.02)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def is_gone() -> Callable[[int], bool]:
+    """Give a function that tells whether a process has ended, even where nobody collects it."""
+
+    def tell(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    return tell

@@ -1,0 +1,96 @@
+"""The API as a process: it starts, it ends in order, and it says in one line why it cannot start."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+
+from server.ports import free_ports
+
+PATIENCE_SECONDS = 30
+
+
+@pytest.fixture
+def start_api(valkey, s3, tmp_path):
+    """Give a function that starts `restage api` on a free port; returns the process and its address."""
+    started = []
+
+    def start(**environment):
+        [port] = free_ports(1)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "api"],
+            env=os.environ
+            | {
+                "RESTAGE_ENV": "test",
+                "RESTAGE__REDIS__URL": valkey.url,
+                "RESTAGE__SERVER__PORT": str(port),
+                "RESTAGE__LOG__FORMAT": "json",
+            }
+            | s3.environment
+            | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process, f"http://127.0.0.1:{port}"
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def wait_until_alive(process, url):
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return httpx.get(f"{url}/health/live")
+        except httpx.TransportError:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_in_order(start_api, number):
+    """SIGTERM and SIGINT end the process with status 0, also while a client keeps a connection; the log is JSON."""
+    process, url = start_api()
+    wait_until_alive(process, url)
+    with httpx.Client(base_url=url) as client:
+        client.get("/v1/models?secret=s3cret", headers={"X-Request-Id": "mine-1"})
+        started = time.monotonic()
+        process.send_signal(number)
+        _, log = process.communicate(timeout=PATIENCE_SECONDS)
+    assert time.monotonic() - started < 10
+    assert process.returncode == 0, log
+    events = {entry["event"]: entry for entry in map(json.loads, log.splitlines()) if entry.get("path") != "/health/live"}
+    answered = events["request.answered"]
+    assert (answered["method"], answered["path"], answered["status"]) == ("GET", "/v1/models", 200)
+    assert (answered["request_id"], answered["level"]) == ("mine-1", "info")
+    assert {"api.started", "api.stopped"} <= set(events)
+    assert "s3cret" not in log
+
+
+@pytest.mark.parametrize("away", ["redis", "store", "port"])
+def test_what_is_missing_at_the_start_is_told_in_one_line(start_api, away):
+    """Without Redis, without the store, or on a port in use, the process ends with status 1 and says why."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        [closed] = free_ports(1)
+        environment = {
+            "redis": {"RESTAGE__REDIS__URL": f"redis://127.0.0.1:{closed}/0"},
+            "store": {"RESTAGE__STORE__ENDPOINT": f"127.0.0.1:{closed}"},
+            "port": {"RESTAGE__SERVER__PORT": str(port)},
+        }[away]
+        process, _ = start_api(**environment)
+        out, log = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 1, log
+    assert "Traceback" not in log + out
+    assert str(port if away == "port" else closed) in log + out

@@ -1,0 +1,52 @@
+"""What can be asked for, and whether it would run now."""
+
+QWEN = "tiny-qwen-image-edit-2511"
+
+
+def test_models_are_listed_in_the_shape_of_openai(api):
+    """Every enabled model is listed with its schema; readiness, and why not, comes from the workers."""
+    listed = api.http.get("/v1/models").json()
+    assert listed["object"] == "list"
+    models = {model["id"]: model for model in listed["data"]}
+    assert list(models) == api.settings.models.enabled
+    real = models["qwen-image-edit-2511"]
+    assert (real["object"], real["owned_by"], real["license"]) == ("model", "Qwen", "apache-2.0")
+    assert isinstance(real["created"], int)
+    assert real["params_schema"]["properties"]["true_cfg_scale"]["maximum"] == 20.0
+    assert (real["ready"], real["not_ready_reason"]) == (False, "No running worker serves this model.")
+    assert models[QWEN]["resident_on"] == []
+
+
+def test_a_model_is_ready_when_a_worker_serves_it(api):
+    """Readiness follows the announcements: first the reason why not, then the worker that holds it."""
+    api.announce_worker(ready=False, reason="its weights are missing")
+    model = api.http.get(f"/v1/models/{QWEN}").json()
+    assert (model["ready"], model["resident_on"]) == (False, [])
+    assert "its weights are missing" in model["not_ready_reason"]
+    api.announce_worker()
+    model = api.http.get(f"/v1/models/{QWEN}").json()
+    assert (model["ready"], model["not_ready_reason"], model["resident_on"]) == (True, None, ["worker-1"])
+
+
+def test_an_unknown_model_answers_404(api):
+    """A model that is not served here is not there, and the answer names those that are."""
+    response = api.http.get("/v1/models/sdxl")
+    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+
+
+def test_presets_are_all_rooms_in_all_styles(api):
+    """Nine room types and five styles give 45 prompts, all different."""
+    presets = api.http.get("/v1/presets").json()
+    assert (len(presets["room_types"]), len(presets["styles"]), len(presets["data"])) == (9, 5, 45)
+    assert len({preset["prompt"] for preset in presets["data"]}) == 45
+
+
+def test_readiness_counts_live_workers(api):
+    """Without a worker the server is degraded; with one it is ok and names what is served."""
+    answer = api.http.get("/health/ready")
+    assert answer.status_code == 200
+    assert answer.json() == {"status": "degraded", "dependencies": {"redis": "ok", "store": "ok"}, "models": {}}
+    api.announce_worker()
+    assert api.http.get("/health/ready").json()["models"] == {QWEN: 1}
+    assert api.http.get("/health/ready").json()["status"] == "ok"
+    assert api.http.get("/health/live").json() == {"status": "ok"}

@@ -1,0 +1,213 @@
+"""The lane in this process, on a real ledger and real twins: order, stops between steps, memory, what is on the device."""
+
+import queue
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from server.jobs import Priority
+from server.ledger.worker_side import WorkerLedger, connect
+
+
+class LaneKit:
+    """A running lane; `ended` gets (job, image or error) in the order of the ends."""
+
+    def __init__(self, workers, **settings):
+        from server.worker.hand import Hand
+        from server.worker.lane import Lane
+        from server.worker.main import model_specs
+        from server.worker.patience import Outage
+        from server.worker.residency import Residency
+
+        self.workers = workers
+        self.settings = workers.settings.worker.model_copy(update=settings)
+        self.ledger = WorkerLedger(
+            connect(workers.settings.redis), worker_id="lane-test", key_prefix=workers.prefix, lease_seconds=60
+        )
+        self.hand = Hand(on_release=lambda: None)
+        self.ended = queue.SimpleQueue()
+        self.residency = Residency(
+            model_specs(workers.settings, workers.registry),
+            device="cpu",
+            capacity=self.settings.max_resident_models,
+            load_timeout_seconds=120,
+            on_change=lambda: None,
+        )
+        self.lane = Lane(
+            self.residency,
+            self.ledger,
+            Outage("redis"),
+            settings=self.settings,
+            device="cpu",
+            on_image=lambda job, image: self.ended.put((job, image)),
+            on_failure=lambda job, error: self.ended.put((job, error)),
+        )
+        self.thread = threading.Thread(target=self.lane.run)
+
+    def claim(self, *jobs):
+        """Have jobs accepted, claimed and staged; returns them in the order of `jobs`."""
+        from pipelines.photos import decode_photo
+
+        _, *ids = self.workers.submit(*jobs)
+        claimed = {}
+        for _ in ids:
+            job = self.ledger.claim(self.workers.registry.ids, num_held=0)
+            in_hand = claimed[job.id] = self.hand.take(job)
+            data = self.workers.store.fetch_upload(job.inputs[0].key, job.inputs[0].etag)
+            in_hand.photos = [decode_photo(data, max_pixels=10**8)]
+            in_hand.params, in_hand.inputs = job.params, job.inputs
+        return [claimed[job_id] for job_id in ids]
+
+    def next_end(self):
+        """Wait for the next job to end."""
+        return self.ended.get(timeout=60)
+
+    def on_device(self, in_hand):
+        """Whether the ledger holds the job for being on the device."""
+        return self.workers.field(in_hand.job.id, "on_device") == "1"
+
+
+@pytest.fixture
+def running_lane(workers):
+    """Give a function that runs a lane with some settings changed, as a context."""
+
+    @contextmanager
+    def run(**settings):
+        kit = LaneKit(workers, **settings)
+        kit.thread.start()
+        try:
+            yield kit
+        finally:
+            kit.lane.stop()
+            kit.thread.join(60)
+        assert not kit.thread.is_alive()
+
+    return run
+
+
+def test_best_job_is_chosen(workers):
+    """The priority decides, then the run under way, then the order of the claims."""
+    from server.worker.hand import JobInHand
+    from server.worker.lane import LaneJob, choose
+
+    photo = workers.upload(workers.picture())
+
+    def job(order, priority, *, has_run=False):
+        return LaneJob(JobInHand(workers.job(photo, priority=priority), order), run=object() if has_run else None)
+
+    first = job(1, Priority.NORMAL)
+    under_way = job(2, Priority.NORMAL, has_run=True)
+    later = job(3, Priority.NORMAL)
+    urgent = job(4, Priority.HIGH)
+    idle_time = job(0, Priority.LOW, has_run=True)
+
+    assert choose([first, under_way, later, urgent, idle_time]) is urgent
+    assert choose([first, under_way, later, idle_time]) is under_way
+    assert choose([first, later, idle_time]) is first
+
+
+def test_no_step_is_done_after_a_cancel_a_loss_or_a_deadline(workers, running_lane):
+    """A run ends at the step boundary after its flag was set, with the error that says why."""
+    from pipelines.errors import Cancelled, DeadlineExceeded
+    from server.worker.errors import LeaseLost
+
+    photo = workers.upload(workers.picture())
+    params = {"num_inference_steps": 100, "height": 512, "width": 512}
+
+    def after_three_steps(kit, flag):
+        (in_hand,) = kit.claim(workers.job(photo, params=params))
+        kit.lane.submit(in_hand)
+        while (in_hand.step or 0) < 3:
+            time.sleep(0.001)
+        setattr(in_hand, flag, True)
+        # The step under way, and one that may have begun between our look and the flag.
+        last = in_hand.step + 2
+        ended, error = kit.next_end()
+        assert ended is in_hand
+        assert 3 <= in_hand.step <= last
+        assert not kit.on_device(in_hand)
+        return error
+
+    with running_lane() as kit:
+        assert isinstance(after_three_steps(kit, "cancelled"), Cancelled)
+        assert isinstance(after_three_steps(kit, "lost"), LeaseLost)
+        assert isinstance(after_three_steps(kit, "abandoned"), LeaseLost)
+    with running_lane(job_timeout_seconds=0.3) as kit:
+        (in_hand,) = kit.claim(workers.job(photo, params=params))
+        kit.lane.submit(in_hand)
+        assert isinstance(kit.next_end()[1], DeadlineExceeded)
+        assert in_hand.device_seconds > 0.3
+        assert 0 < in_hand.step < 100
+
+
+def test_one_job_is_on_the_device_at_a_time(workers, running_lane):
+    """Only the job whose step is next is marked, also while a `high` job has set another aside; at the end none is."""
+    photo = workers.upload(workers.picture())
+    slow = workers.job(photo, params={"num_inference_steps": 60, "height": 256, "width": 256})
+    urgent = workers.job(photo, params={"num_inference_steps": 30, "height": 256, "width": 256}, priority=Priority.HIGH)
+    with running_lane() as kit:
+        (normal,) = kit.claim(slow)
+        kit.lane.submit(normal)
+        workers.until("the device", lambda: kit.on_device(normal))
+        (high,) = kit.claim(urgent)
+        assert not kit.on_device(high)
+        kit.lane.submit(high)
+        workers.until("the change", lambda: kit.on_device(high))
+        assert not kit.on_device(normal)
+        assert normal.step < 60
+
+        assert kit.next_end()[0] is high
+        workers.until("the way back", lambda: kit.on_device(normal))
+        assert kit.next_end()[0] is normal
+        assert not kit.on_device(normal)
+        assert not kit.on_device(high)
+
+
+def test_job_that_was_cancelled_or_lost_never_begins(workers, running_lane):
+    """What the ledger says when a job goes on the device is heard before its first step."""
+    from pipelines.errors import Cancelled
+    from server.worker.errors import LeaseLost
+
+    photo = workers.upload(workers.picture())
+    with running_lane() as kit:
+        cancelled, lost = kit.claim(workers.job(photo), workers.job(photo))
+        workers.wait(workers.api.cancel("ana", [cancelled.job.id]))
+        kit.ledger.retry(
+            lost.job.id, lost.job.fence, delay_seconds=60, counts=False, max_errors=3, code="test", detail="gone"
+        )
+        for in_hand, expected in ((cancelled, Cancelled), (lost, LeaseLost)):
+            kit.lane.submit(in_hand)
+            assert isinstance(kit.next_end()[1], expected)
+            assert in_hand.step is None
+
+
+def test_model_that_is_not_resident_is_loaded_for_a_job(workers, running_lane):
+    """With room for one model, a job of another still runs, and the last one loaded stays."""
+    photo = workers.upload(workers.picture())
+    with running_lane(max_resident_models=1) as kit:
+        jobs = kit.claim(*(workers.job(photo, model) for model in (workers.QWEN, workers.FLUX, workers.QWEN)))
+        for in_hand in jobs:
+            kit.lane.submit(in_hand)
+            ended, image = kit.next_end()
+            assert ended is in_hand
+            assert image.size == (in_hand.params["width"], in_hand.params["height"])
+            assert list(kit.residency.resident) == [in_hand.job.model]
+
+
+def test_swap_waits_for_the_end_of_a_run(workers, running_lane):
+    """Models change places between jobs, never in the middle of one."""
+    from server.worker.placement import Swap
+
+    photo = workers.upload(workers.picture())
+    with running_lane(max_resident_models=1) as kit:
+        job = workers.job(photo, workers.QWEN, params={"num_inference_steps": 30, "height": 256, "width": 256})
+        (in_hand,) = kit.claim(job)
+        kit.lane.submit(in_hand)
+        while in_hand.step is None:
+            time.sleep(0.001)
+        kit.lane.request_swap(Swap(workers.FLUX, evict=workers.QWEN))
+        kit.next_end()
+        assert in_hand.step == 30
+        workers.until("the swap", lambda: list(kit.residency.resident) == [workers.FLUX])

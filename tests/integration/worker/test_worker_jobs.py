@@ -1,0 +1,194 @@
+"""What one healthy worker makes of jobs: pictures, records, refusals, cancels."""
+
+import io
+import time
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from server.jobs import JobStatus, OutputSpec, Priority
+
+LONG = {"num_inference_steps": 100, "height": 512, "width": 512}
+
+
+def run_here(workers, job, data):
+    """Run a job's record in this process."""
+    import torch
+
+    from pipelines.loading import ModelSpec, load_model
+    from pipelines.photos import decode_photo
+    from pipelines.running import RunRequest
+
+    entry = workers.registry.get(job.model)
+    folder = workers.settings.models.weights_dir / entry.weights
+    spec = ModelSpec(entry.id, entry.family, entry.pipeline, folder, entry.dtype, entry.area)
+    model = load_model(spec, "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        photo = decode_photo(data, max_pixels=10**8)
+        request = RunRequest(job.prompt, job.negative_prompt, job.params, entry.area)
+        run = model.start([photo], request, num_threads=1)
+        while run.advance():
+            pass
+        return run.image
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_batch_is_committed_with_its_pixels_and_record(steady):
+    """Both models' pictures are those of the recorded parameters, and the record says how they were made."""
+    photos = [steady.picture(seed=seed) for seed in range(4)]
+    jobs = [
+        replace(steady.job(steady.upload(data), (steady.QWEN, steady.FLUX)[index % 2]), index=index)
+        for index, data in enumerate(photos)
+    ]
+    batch_id, *_ = steady.submit(*jobs)
+
+    batch = steady.finished(batch_id)
+
+    assert batch.counts["succeeded"] == 4
+    for job, data in zip(batch.jobs, photos, strict=True):
+        assert (job.status, job.attempts, job.error) == (JobStatus.SUCCEEDED, 1, None)
+        assert job.output is not None
+        assert job.output.key == f"{job.id}/1/output.png"
+        assert set(job.timings) == {"fetch", "run", "store"}
+        assert job.worker == steady.statuses()[0].id
+        assert steady.image(job).tobytes() == run_here(steady, job, data).tobytes()
+    assert steady.events(batch_id).count("job.succeeded") == 4
+
+
+def test_orientation_that_the_api_did_not_see_turns_the_picture(steady):
+    """A size that followed the photo's sides follows the upright photo, and so does the record."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = steady.picture(96, 192, file_format="JPEG", exif=exif.tobytes())
+    photo = steady.upload(data)
+    assert (photo.height, photo.width) == (96, 192)
+    follows, fixed = steady.job(photo), steady.job(photo, params={"height": 64, "width": 256})
+    batch_id, *_ = steady.submit(follows, fixed)
+
+    followed, kept = steady.finished(batch_id).jobs
+
+    assert (followed.inputs[0].height, followed.inputs[0].width) == (192, 96)
+    assert (follows.params["height"], follows.params["width"]) == (96, 176)
+    assert (followed.params["height"], followed.params["width"]) == (176, 96)
+    assert followed.params["seed"] == follows.params["seed"]
+    assert steady.image(followed).size == (96, 176)
+    assert (kept.params, steady.image(kept).size) == (fixed.params, (256, 64))
+
+
+def test_output_is_written_as_asked(steady):
+    """Format and size of the file are the job's, and an unknown sha256 of the photo is found out."""
+    photo = steady.upload(steady.picture(100, 150), sha256=None)
+    webp = steady.job(photo, output=OutputSpec(format="webp", quality=50))
+    jpeg = steady.job(photo, output=OutputSpec(format="jpeg", size="input"))
+    batch_id, *_ = steady.submit(webp, jpeg)
+
+    first, second = steady.finished(batch_id).jobs
+
+    assert first.output.key.endswith("/output.webp")
+    assert (first.output.content_type, steady.image(first).format) == ("image/webp", "WEBP")
+    assert second.output.key.endswith("/output.jpg")
+    assert (second.output.content_type, steady.image(second).format) == ("image/jpeg", "JPEG")
+    assert steady.image(second).size == (150, 100)
+    assert len(first.inputs[0].sha256) == 64
+
+
+def test_bad_inputs_fail_at_once_and_by_name(steady):
+    """A truncated photo, a missing one, one stored again and one of other bytes each fail with their own code."""
+    whole = steady.picture(300, 300, file_format="JPEG")
+    truncated = steady.upload(whole[: len(whole) // 2])
+    missing = replace(steady.upload(whole), key="never-stored")
+    changed = replace(steady.upload(whole), etag="0" * 32)
+    other_bytes = steady.upload(whole, sha256="0" * 64)
+    good = steady.upload(whole)
+    jobs = [steady.job(photo) for photo in (truncated, missing, changed, other_bytes, good)]
+    batch_id, *_ = steady.submit(*jobs)
+
+    batch = steady.finished(batch_id)
+
+    codes = [job.error.code if job.error else None for job in batch.jobs]
+    assert codes == ["invalid_input", "input_missing", "input_changed", "input_changed", None]
+    assert [job.attempts for job in batch.jobs] == [1] * 5
+    assert "cut off" in batch.jobs[0].error.detail
+    assert batch.counts["failed"] == 4
+    assert steady.children[0].is_running
+
+
+def test_error_of_the_worker_itself_is_tried_again_and_then_fails(steady):
+    """A job whose record no code can run is tried `max_errors` times, and the worker goes on."""
+    photo = steady.upload(steady.picture())
+    broken = steady.job(photo)
+    broken = replace(broken, params=broken.params | {"num_inference_steps": 0})
+    batch_id, *_ = steady.submit(broken, steady.job(photo))
+
+    first, second = steady.finished(batch_id).jobs
+
+    assert (first.status, first.error.code) == (JobStatus.FAILED, "internal_error")
+    assert first.attempts == steady.settings.worker.max_errors
+    assert "ZeroDivisionError" in first.error.detail
+    assert second.status is JobStatus.SUCCEEDED
+    assert "job.crashed" in steady.logs()
+
+
+def test_cancelled_job_stops_before_its_next_steps(steady):
+    """A cancel ends a running job within a step or two, long before the end of its run, and leaves no object."""
+    photo = steady.upload(steady.picture())
+    batch_id, job_id = steady.submit(steady.job(photo, params=LONG))
+    seen = steady.step(job_id, 2)
+
+    assert steady.wait(steady.api.cancel("ana", [job_id])) == ["requested"]
+    asked = time.monotonic()
+    (job,) = steady.finished(batch_id).jobs
+
+    # A step takes some 50 ms, a whole run some 5 s.
+    assert time.monotonic() - asked < 3
+    assert (job.status, job.error, job.output) == (JobStatus.CANCELLED, None, None)
+    assert seen.step <= job.step < job.total_steps
+    assert steady.outputs(job_id) == []
+    assert steady.events(batch_id)[-2:] == ["job.cancelled", "batch.finished"]
+
+
+def test_job_that_waits_for_the_lane_is_cancelled_at_once(steady):
+    """A claimed job that has not begun does not wait for the one before it to be told of its cancel."""
+    photo = steady.upload(steady.picture())
+    batch_id, running, waiting = steady.submit(steady.job(photo, params=LONG), steady.job(photo, params=LONG))
+    steady.step(running)
+    steady.until("both claimed", lambda: steady.read(waiting).status is JobStatus.RUNNING)
+
+    steady.wait(steady.api.cancel("ana", [waiting]))
+    steady.until("the cancel", lambda: steady.read(waiting).status is JobStatus.CANCELLED)
+
+    assert steady.read(running).status is JobStatus.RUNNING
+    steady.wait(steady.api.cancel("ana", [running]))
+    assert steady.finished(batch_id).counts["cancelled"] == 2
+
+
+def test_high_priority_overtakes_a_run_and_leaves_its_pixels_alone(steady):
+    """A `high` job finishes during the run of a `normal` one, which then has the pixels of an undisturbed run."""
+    data = steady.picture(seed=3)
+    photo = steady.upload(data)
+    slow = steady.job(photo, params=LONG)
+    slow_batch, slow_id = steady.submit(slow)
+    steady.step(slow_id)
+
+    quick_batch, _ = steady.submit(steady.job(photo, steady.QWEN, priority=Priority.HIGH))
+    assert steady.finished(quick_batch).counts["succeeded"] == 1
+    assert steady.read(slow_id).status is JobStatus.RUNNING
+    (job,) = steady.finished(slow_batch).jobs
+
+    assert steady.image(job).tobytes() == run_here(steady, job, data).tobytes()
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF"])
+def test_other_formats_fail_as_invalid_input(steady, file_format):
+    """What is no JPEG, PNG or WEBP is refused by content, whatever the record says."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 80)).save(buffer, file_format)
+    batch_id, _ = steady.submit(steady.job(steady.upload(buffer.getvalue())))
+
+    (job,) = steady.finished(batch_id).jobs
+
+    assert (job.error.code, job.attempts) == ("invalid_input", 1)

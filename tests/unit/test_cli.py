@@ -1,0 +1,59 @@
+"""The command line's own part: arguments, exit statuses and messages."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from server.cli import restage
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Run a command in this process; returns its exit status and all that it printed."""
+    result = CliRunner().invoke(restage, arguments)
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    file = tmp_path / "hall.jpg"
+    file.write_bytes(b"\xff\xd8\xff")
+    return str(file)
+
+
+def test_all_commands_are_listed() -> None:
+    """The help names every command that operators are told of."""
+    status, output = run("--help")
+    assert status == 0
+    for command in ("up", "api", "worker", "submit", "models", "config", "keys"):
+        assert f"\n  {command} " in output
+
+
+def test_missing_photo_is_a_mistake_in_the_command(tmp_path: Path) -> None:
+    """Status 2, and the file is named."""
+    status, output = run("submit", str(tmp_path / "missing.jpg"))
+    assert status == 2
+    assert "missing.jpg: there is no such file" in output
+
+
+def test_folder_that_cannot_be_written_is_a_mistake_in_the_command(photo: str) -> None:
+    """Status 2 before anything is sent."""
+    status, output = run("submit", photo, "--out", photo)
+    assert status == 2
+    assert "choose another with --out" in output
+
+
+@pytest.mark.parametrize("params", [["seed"], ["=7"], ["seed=7", "seed=8"]])
+def test_bad_parameters_are_a_mistake_in_the_command(photo: str, tmp_path: Path, params: list[str]) -> None:
+    """Status 2, with what is allowed."""
+    arguments = [part for param in params for part in ("--param", param)]
+    status, output = run("submit", photo, "--out", str(tmp_path), *arguments)
+    assert status == 2
+    assert "--param" in output
+
+
+def test_no_photo_is_a_mistake_in_the_command() -> None:
+    """Status 2 and the usage."""
+    status, output = run("submit")
+    assert status == 2
+    assert "Usage: " in output
