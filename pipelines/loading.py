@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from pipelines.errors import OutOfMemory, WeightsError
-from pipelines.running import Run, RunRequest, one_line, is_out_of_memory
+from pipelines.running import Run, RunRequest, is_out_of_memory, one_line
 from pipelines.weights import ModelSpec, check_weights, components, has_weights
 
 __all__ = ["LoadedModel", "ModelSpec", "check_weights", "load_model"]
@@ -88,9 +88,7 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
         OutOfMemory: the device has too little memory.
     """
     check_weights(spec)
-    # A log has lines, not bars.
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten_libraries()
     try:
         pipeline = _read_pipeline(spec)
         pipeline.to(device)
@@ -101,6 +99,13 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     pipeline.set_progress_bar_config(disable=True)
     _pass_image_positions(pipeline)
     return LoadedModel(spec, pipeline)
+
+
+def _quieten_libraries() -> None:
+    # A log has lines, not bars, and a prompt that is too long for CLIP would be quoted in it.
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
 
 
 def _read_pipeline(spec: ModelSpec) -> DiffusionPipeline:

@@ -55,6 +55,13 @@ class RunClosed(BaseException):
     """Raised inside the pipeline when its run is closed; not an Exception, so that no code there takes it for one."""
 
 
+class RunTraceback(Exception):
+    """Where an error arose in the run's own thread, as text; the cause of what `Run.advance` raises."""
+
+    def __str__(self) -> str:
+        return f"\n{super().__str__()}"
+
+
 class Run:
     """One photo on its way through a pipeline.
 
@@ -78,6 +85,7 @@ class Run:
         self._may_run = threading.Semaphore(0)
         self._handed_back = threading.Semaphore(0)
         self._error: BaseException | None = None
+        self._traceback = ""
         self._closing = False
         self.step = 0
         self.total_steps: int = call.kwargs["num_inference_steps"]
@@ -111,8 +119,8 @@ class Run:
         if self._error is not None:
             error, self._error = self._error, None
             if is_out_of_memory(error):
-                raise OutOfMemory(f"too little memory for the run: {one_line(error)}") from error
-            raise error
+                error = OutOfMemory(f"too little memory for the run: {one_line(error)}")
+            raise error from RunTraceback(self._traceback)
         return False
 
     def close(self) -> None:
@@ -136,9 +144,11 @@ class Run:
         except RunClosed:
             self._pipeline.maybe_free_model_hooks()
         except BaseException as error:  # noqa: BLE001 - carried to the lane, where advance() raises it
-            # The frames hold latents: on a full device they must go before anything else is tried.
-            traceback.clear_frames(error.__traceback__)
-            self._error = error
+            # As text: the traceback itself holds the frames, and they hold latents, which on a full device must go
+            # before anything else is tried.
+            self._traceback = "".join(traceback.format_exception(error))
+            error.__cause__ = error.__context__ = None
+            self._error = error.with_traceback(None)
             self._pipeline.maybe_free_model_hooks()
         finally:
             del self._pipeline, self._call

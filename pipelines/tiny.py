@@ -6,9 +6,7 @@ A twin makes no sensible picture, but it depends on the prompt, the photo, the s
 real model does, and it is made in about a second, without a download, to the same bytes each time.
 """
 
-import json
 import shutil
-import string
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,43 +22,25 @@ from diffusers import (
     QwenImageEditPlusPipeline,
     QwenImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
-    CLIPTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
 )
+
+from pipelines.tiny_tokenizers import QWEN_CONTROL_TOKENS, make_clip_tokenizer, make_qwen_tokenizer, make_t5_tokenizer
 
 # As in the real VAEs. With 4 channels a picture with alpha would have the shape of latents, and be taken for them.
 LATENT_CHANNELS = 16
 HIDDEN_SIZE = 32  # of the text encoders
 NUM_HEADS, HEAD_SIZE = 2, 16  # of the transformers
-
-QWEN_CONTROL_TOKENS = [
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
-# One token each for T5, so that ordinary prompts stay well under its 512 tokens; other words are spelled.
-STAGING_WORDS = (
-    "a add and at bathroom bed bedroom blue ceiling chair contemporary curtains decor dining do door doors empty "
-    "entryway floor furniture green in industrial keep kitchen lamp light living modern move no not of office on "
-    "outdoor photo plants realistic red room rug scandinavian sofa staging style table the traditional unchanged "
-    "wall walls window windows with wood"
-)
 
 
 def make_tiny_weights(out: Path, names: Sequence[str] | None = None) -> list[Path]:
@@ -106,7 +86,7 @@ def build_qwen_image_edit_plus(*, zero_cond_t: bool = True) -> QwenImageEditPlus
     Args:
         zero_cond_t: the one difference in architecture; 2511 has it, 2509 has not.
     """
-    tokenizer = _qwen_tokenizer()
+    tokenizer = make_qwen_tokenizer()
     token_id = {token: tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", *QWEN_CONTROL_TOKENS)}
     text_encoder = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(
@@ -182,7 +162,7 @@ def build_qwen_image_edit_plus(*, zero_cond_t: bool = True) -> QwenImageEditPlus
 
 def build_flux_kontext() -> FluxKontextPipeline:
     """Build a twin of FLUX.1 Kontext [dev]."""
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    clip_tokenizer, t5_tokenizer = make_clip_tokenizer(), make_t5_tokenizer()
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(clip_tokenizer),
@@ -245,52 +225,6 @@ def build_flux_kontext() -> FluxKontextPipeline:
         # The values of FLUX.1's own scheduler.
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
-
-
-def _qwen_tokenizer() -> Qwen2Tokenizer:
-    # The pipeline drops the first 64 tokens, which is what its system prompt has under the real tokenizer. Trained on
-    # that very text, this one makes one token of each of its words, and so 64 as well; other words become bytes.
-    pipeline = QwenImageEditPlusPipeline(
-        scheduler=None,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        processor=None,
-        transformer=None,
-    )
-    bare = Tokenizer(models.BPE())
-    bare.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=["<|endoftext|>", *QWEN_CONTROL_TOKENS],
-    )
-    bare.train_from_iterator([pipeline.prompt_template_encode] * 2, trainer)
-    learned = json.loads(bare.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(pair) for pair in learned["merges"]],
-        eos_token="<|im_end|>",  # noqa: S106 - not that kind of token
-        pad_token="<|endoftext|>",  # noqa: S106 - likewise
-        extra_special_tokens=QWEN_CONTROL_TOKENS,
-        model_max_length=131072,
-    )
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
-
-
-def _t5_tokenizer() -> T5TokenizerFast:
-    letters = string.ascii_letters + string.digits + string.punctuation
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(letter, -5.0) for letter in letters]
-    pieces += [(f"▁{word}", -3.0) for word in STAGING_WORDS.split()]
-    pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
-    return T5TokenizerFast(vocab=pieces, model_max_length=512)
 
 
 @torch.no_grad()

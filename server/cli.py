@@ -44,8 +44,16 @@ def restage() -> None:
 @click.option("--workers", "num_workers", type=click.IntRange(1, 16), default=1, show_default=True)
 def up(data_dir: Path, port: int | None, num_workers: int) -> None:
     """Run everything on this machine: Valkey, an S3 store, the API and workers."""
+    import os
+
     from server.supervisor import run_supervisor
 
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError([f"--data {data_dir}: cannot be made ({error.strerror}); give another folder"]) from error
+    if not os.access(data_dir, os.W_OK | os.X_OK):
+        raise ConfigError([f"--data {data_dir}: may not be written by you; give another folder"])
     sys.exit(run_supervisor(data_dir, port=port, num_workers=num_workers))
 
 
@@ -206,13 +214,14 @@ def _open_keys() -> "KeyStore":
 
 
 def _load_settings_without_store() -> "Settings":
-    """Load the settings where the store's keys do not matter, or are set by `restage up` itself."""
+    """Load the settings where the store's keys and the API's address do not matter, or are set by `restage up`."""
     import os
 
     from server.settings import load_settings
 
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("RESTAGE__STORE__")}
-    return load_settings(env=kept | {"RESTAGE__STORE__ACCESS_KEY": "unused", "RESTAGE__STORE__SECRET_KEY": "unused"})
+    given = {"SERVER__HOST": "127.0.0.1", "STORE__ACCESS_KEY": "unused", "STORE__SECRET_KEY": "unused"}
+    return load_settings(env=kept | {f"RESTAGE__{name}": value for name, value in given.items()})
 
 
 def main() -> None:

@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import signal
+import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import anyio
 import anyio.to_thread
@@ -30,12 +31,13 @@ from server.api.models import list_models, list_presets, read_model
 from server.api.request_context import RequestContext
 from server.api.services import Services
 from server.api.uploads import create_uploads
+from server.errors import ConfigError
 from server.keys import KeyStore
 from server.ledger.api_side import ApiLedger, connect
 from server.logs import configure_logging
 from server.prompts import Prompts
 from server.registry import Registry, load_registry
-from server.settings import Settings
+from server.settings import ServerSettings, Settings
 from server.store import Store
 from server.submit.accept import Submitter
 from server.submit.look import PhotoLook
@@ -81,49 +83,60 @@ def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status of the process.
 
     Raises:
-        ConfigError: the registry, the prompts or the keys cannot be used, or Redis holds another version's ledger.
+        ConfigError: the registry, the prompts, the keys or the address cannot be used, or Redis holds the ledger of
+            another version.
         DependencyError: Redis or the store is away at the start.
     """
     configure_logging(settings.log)
     app = create_app(settings)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.server.host,
-            port=settings.server.port,
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            # Open event streams would hold a stopping server for ever.
-            timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_SECONDS,
-        )
-    )
-    try:
-        asyncio.run(_serve(app, server))
-    except SystemExit as stop:  # how uvicorn says that it cannot listen
-        return stop.code if isinstance(stop.code, int) else 1
+    with _listen(settings.server) as listener:
+        asyncio.run(_serve(app, listener))
     return 0
 
 
-async def _serve(app: Litestar, server: uvicorn.Server) -> None:
+def _listen(settings: ServerSettings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        address = f"{settings.host}:{settings.port}"
+        raise ConfigError([f"server.port: {address} cannot be listened on: {error.strerror}"]) from error
+
+
+async def _serve(app: Litestar, listener: socket.socket) -> None:
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        # Open event streams would hold a stopping server for ever.
+        timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_SECONDS,
+    )
+    server = uvicorn.Server(config)
+
     def stop() -> None:
         server.should_exit = True
 
     # uvicorn raises a signal anew once it has stopped; these handlers let that end in an orderly exit.
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    host, port = listener.getsockname()[:2]
     # The lifespan is ours, not uvicorn's: what fails at the start reaches the caller as the error that it is.
     try:
         async with app.lifespan():
-            await server.serve()
+            _log.info("api.started", host=host, port=port)
+            await server.serve(sockets=[listener])
     except BaseExceptionGroup as group:  # Litestar's lifespan wraps whatever passes through it
         raise _find_cause(group) from group
+    _log.info("api.stopped")
 
 
 def _find_cause(error: BaseException) -> BaseException:
-    return _find_cause(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+    while isinstance(error, BaseExceptionGroup):
+        error = cast("BaseExceptionGroup[BaseException]", error).exceptions[0]
+    return error
 
 
 @asynccontextmanager
@@ -146,14 +159,12 @@ async def _open_services(
         await ledger.check_schema()
         await anyio.to_thread.run_sync(store.ensure_buckets)
         sweeping = asyncio.create_task(Sweeper(ledger, settings, registry.ids).run())
-        _log.info("api.started", models=registry.ids, auth=settings.auth.mode)
         try:
             yield Services(settings, registry, prompts, keys, ledger, store, threads, submitter)
         finally:
             sweeping.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await sweeping
-            _log.info("api.stopped")
     finally:
         await ledger.close()
         store.close()
@@ -193,6 +204,7 @@ def _describe_api() -> OpenAPIConfig:
         description="Virtual staging on your own GPUs: photos of empty rooms in, staged photos out.",
         path="/",
         use_handler_docstrings=True,
+        operation_id_creator=lambda handler, _method, _path: handler.handler_name,
         render_plugins=[DocsPage(), JsonRenderPlugin(path="/openapi.json", media_type=MediaType.JSON)],
         components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
     )

@@ -39,7 +39,7 @@ def declare_ring(broker: RedisBroker, on_ring: Callable[[str], None], queue: str
     `on_ring` gets the model's id and must return at once and never raise: Dramatiq then always acknowledges, and its
     own retries, which lose messages while Redis is away, are never used.
     """
-    if ACTOR_NAME in broker.actors:
+    if ACTOR_NAME in broker.get_declared_actors():
         # Messages find their actor by name; a second queue needs no second actor, and Dramatiq refuses one.
         broker.declare_queue(queue)
         return

@@ -1,32 +1,23 @@
 """The object store, where photos come in and results go out; the only code that knows S3."""
 
 import base64
-import http.client
 import io
 import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
-from xml.etree.ElementTree import ParseError
 
 import urllib3
 from minio import Minio
 from minio.datatypes import PostPolicy
-from minio.error import MinioException, S3Error
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    MaxRetryError,
-    NewConnectionError,
-    ReadTimeoutError,
-    ResponseError,
-)
+from minio.error import S3Error
 
-from server.errors import ObjectChanged, ObjectNotFound, StoreUnavailable
+from server.errors import ObjectChanged
 from server.settings import StoreSettings
+from server.store_trouble import EmptyObject, Patience, StoreTrouble
 
 if TYPE_CHECKING:
     from minio.helpers import DictType
@@ -34,7 +25,6 @@ if TYPE_CHECKING:
 
 # An output is sent in one request up to this size; a multipart upload can wait for ever on a lost connection.
 _PART_SIZE_BYTES = 64 * 1024 * 1024
-_SERVER_TROUBLE = [500, 502, 503, 504]
 _UNSAFE_IN_FILENAMES = re.compile(r"[^\w .()+-]")
 
 
@@ -57,18 +47,6 @@ class ObjectStart:
     content_type: str
 
 
-class _Patience(urllib3.Retry):
-    """Tries again after refused connections, resets and server errors, but not after silence.
-
-    Silence has already cost the whole read timeout, and the caller is waiting.
-    """
-
-    def increment(self, *args: Any, error: Exception | None = None, **kwargs: Any) -> "_Patience":
-        if isinstance(error, ReadTimeoutError):
-            raise error
-        return super().increment(*args, error=error, **kwargs)
-
-
 class Store:
     """Uploads and outputs in an S3 store. Every call blocks; safe to share between threads, not between processes.
 
@@ -78,6 +56,7 @@ class Store:
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
+        self._trouble = StoreTrouble(settings)
         self._pool = self._make_pool(settings.pool_size)
         self._client = self._make_client(settings.endpoint, secure=settings.secure, pool=self._pool)
         # The Host is part of a signature, so URLs for clients are signed for the address that clients use. This client
@@ -96,7 +75,7 @@ class Store:
     def ensure_buckets(self) -> None:
         """Make the two buckets where they are missing."""
         for bucket in (self._settings.uploads_bucket, self._settings.outputs_bucket):
-            with self._translated_errors(bucket):
+            with self._trouble.translated(bucket):
                 if self._client.bucket_exists(bucket):
                     continue
                 try:
@@ -113,10 +92,10 @@ class Store:
             StoreUnavailable: the store cannot serve; a bucket that is missing counts.
         """
         for bucket in (self._settings.uploads_bucket, self._settings.outputs_bucket):
-            with self._translated_errors(bucket):
+            with self._trouble.translated(bucket):
                 exists = self._client.bucket_exists(bucket)
             if not exists:
-                raise StoreUnavailable(f"the store at {self._settings.endpoint} has no bucket {bucket}")
+                raise self._trouble.unavailable(f"has no bucket {bucket}")
 
     def upload_form(
         self,
@@ -162,7 +141,7 @@ class Store:
         try:
             with self._opened(bucket, key, length=num_bytes) as response:
                 data = response.read(decode_content=False)
-        except _EmptyRange:
+        except EmptyObject:
             return ObjectStart(b"", 0, "", "")
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         return ObjectStart(
@@ -190,7 +169,7 @@ class Store:
         """Store a result; whatever is under `key` is replaced."""
         bucket = self._settings.outputs_bucket
         part_size = max(_PART_SIZE_BYTES, len(data))
-        with self._translated_errors(bucket, key):
+        with self._trouble.translated(bucket, key):
             self._client.put_object(
                 bucket, key, io.BytesIO(data), len(data), content_type=content_type, part_size=part_size
             )
@@ -217,7 +196,7 @@ class Store:
     def delete_output(self, key: str) -> None:
         """Remove a result; it is no error if there is none."""
         bucket = self._settings.outputs_bucket
-        with self._translated_errors(bucket, key):
+        with self._trouble.translated(bucket, key):
             self._client.remove_object(bucket, key)
 
     def _make_pool(self, size: int) -> urllib3.PoolManager:
@@ -226,10 +205,10 @@ class Store:
                 connect=self._settings.connect_timeout_seconds, read=self._settings.read_timeout_seconds
             ),
             maxsize=size,
-            retries=_Patience(
+            retries=Patience(
                 total=2,
                 backoff_factor=0.2,
-                status_forcelist=_SERVER_TROUBLE,
+                status_forcelist=[500, 502, 503, 504],
                 redirect=False,  # a signature holds for one host only
                 respect_retry_after_header=False,  # the store does not decide how long our callers wait
             ),
@@ -249,7 +228,7 @@ class Store:
     def _opened(
         self, bucket: str, key: str, *, length: int = 0, if_match: str | None = None
     ) -> "Generator[BaseHTTPResponse]":
-        with self._translated_errors(bucket, key):
+        with self._trouble.translated(bucket, key):
             headers: DictType = {} if if_match is None else {"If-Match": f'"{if_match}"'}
             response = self._client.get_object(bucket, key, length=length, request_headers=headers)
             try:
@@ -259,56 +238,9 @@ class Store:
                 response.close()
                 response.release_conn()
 
-    @contextmanager
-    def _translated_errors(self, bucket: str, key: str | None = None) -> Generator[None]:
-        """Turn all that can go wrong between here and the store into errors of ours.
-
-        Their text is our own: what urllib3 says may hold a URL, and a URL its signature.
-        """
-        place = f"{bucket}/{key}" if key else bucket
-        try:
-            yield
-        except S3Error as error:
-            if error.code in {"NoSuchKey", "NoSuchObject"}:
-                raise ObjectNotFound(f"nothing is stored under {place}") from error
-            if error.code == "PreconditionFailed":
-                raise ObjectChanged(f"{place} was stored again with other bytes after it was accepted") from error
-            if error.code == "InvalidRange":
-                raise _EmptyRange from error
-            raise self._unavailable(f"answered {error.code} for {place}") from error
-        except MinioException as error:
-            raise self._unavailable(f"gave an answer for {place} that is not S3's") from error
-        except MaxRetryError as error:
-            raise self._unavailable(f"could not be used for {place}: {_name_cause(error)}") from error
-        except ReadTimeoutError as error:
-            seconds = self._settings.read_timeout_seconds
-            raise self._unavailable(f"was silent for {seconds:g} s over {place}") from error
-        except (HTTPError, http.client.HTTPException, OSError) as error:
-            raise self._unavailable(f"broke off over {place} ({type(error).__name__})") from error
-        except (ParseError, UnicodeDecodeError) as error:
-            raise self._unavailable(f"gave an answer for {place} that cannot be read") from error
-
-    def _unavailable(self, what: str) -> StoreUnavailable:
-        return StoreUnavailable(f"the store at {self._settings.endpoint} {what}")
-
-
-class _EmptyRange(Exception):
-    """Raised when an object has no byte at the start of the range that was asked for: it is empty."""
-
 
 def _bare_etag(response: "BaseHTTPResponse") -> str:
     return response.headers.get("ETag", "").strip('"')
-
-
-def _name_cause(error: MaxRetryError) -> str:
-    """Say in our words why all tries failed."""
-    match error.reason:
-        case ResponseError() as answers:
-            return str(answers)  # "too many 503 error responses"
-        case NewConnectionError() | ConnectTimeoutError():
-            return "no connection"
-        case reason:
-            return type(reason).__name__
 
 
 def _attachment(filename: str) -> str:

@@ -133,7 +133,12 @@ def settings_for() -> Callable[..., Settings]:
     """Give a function that loads the test configuration: `settings_for(valkey=…, s3=…, RESTAGE__A__B="…")`."""
 
     def load(*, valkey: Valkey | None = None, s3: S3 | None = None, **environment: str) -> Settings:
-        env = {"RESTAGE_ENV": "test"}
+        env = {
+            "RESTAGE_ENV": "test",
+            # Of no store: tests that need one pass `s3`, which brings its own.
+            "RESTAGE__STORE__ACCESS_KEY": "unused",
+            "RESTAGE__STORE__SECRET_KEY": "unused",
+        }
         if valkey is not None:
             env["RESTAGE__REDIS__URL"] = valkey.url
         if s3 is not None:

@@ -14,7 +14,8 @@ class Params(SizeParams):
     MAX_INPUT_IMAGES: ClassVar[int] = 3
     HAS_NEGATIVE_PROMPT: ClassVar[bool] = True
 
-    num_inference_steps: int = Field(default=40, ge=1, le=100, description="Denoising steps; time grows with them.")
+    # Of one step, the model's schedule would have to be both start and end: diffusers divides by zero and goes on.
+    num_inference_steps: int = Field(default=40, ge=2, le=100, description="Denoising steps; time grows with them.")
     true_cfg_scale: float = Field(
         default=4.0,
         ge=1.0,

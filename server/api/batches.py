@@ -4,12 +4,14 @@ from typing import Annotated
 
 from litestar import Response, get, post
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, HeaderParameter, JSONBody
 
+from server.api.errors import problems
 from server.api.outputs import OutputSigner
 from server.api.services import Services
 from server.api.views import BatchView, SubmissionView, view_batch, view_item_error
-from server.errors import Conflict, FieldError, Forbidden, InvalidRequest, NotFound
+from server.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from server.jobs import FINAL_STATUSES, Batch, Priority
 from server.keys import Principal
 from server.submit.accept import ID_PATTERN, IdempotencyKey
@@ -20,12 +22,21 @@ _IdempotencyHeader = Annotated[
     str | None,
     HeaderParameter(
         name="Idempotency-Key",
-        description="The same key and body answer the first result again, for 24 hours; another body is refused.",
+        description="The same key and body answer the first result again, for a day; another body is refused.",
     ),
 ]
 
 
-@post("/batches", summary="Submit a batch")
+@post(
+    "/batches",
+    tags=["Batches"],
+    summary="Submit a batch",
+    response_description="Every item was accepted",
+    responses={
+        207: ResponseSpec(SubmissionView, description="Some items were accepted", generate_examples=False),
+        **problems(403, 409, 413, 415, 422),
+    },
+)
 async def submit_batch(
     data: JSONBody[BatchRequest],
     services: NamedDependency[Services],
@@ -49,7 +60,7 @@ async def submit_batch(
     )
 
 
-@get("/batches/{batch_id:str}", summary="Read a batch")
+@get("/batches/{batch_id:str}", tags=["Batches"], summary="Read a batch", responses=problems(404))
 async def read_batch(
     batch_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> BatchView:
@@ -57,7 +68,13 @@ async def read_batch(
     return view_batch(await _find_batch(services, principal, batch_id), OutputSigner(services))
 
 
-@post("/batches/{batch_id:str}/cancel", status_code=200, summary="Cancel a batch")
+@post(
+    "/batches/{batch_id:str}/cancel",
+    status_code=200,
+    tags=["Batches"],
+    summary="Cancel a batch",
+    responses=problems(404, 409),
+)
 async def cancel_batch(
     batch_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> BatchView:
@@ -86,6 +103,5 @@ def _check_priority(wanted: str, principal: Principal) -> None:
 
 def _read_key(text: str, request: BatchRequest) -> IdempotencyKey:
     if not (0 < len(text) <= _MAX_KEY_CHARACTERS and text.isascii() and text.isprintable()):
-        detail = f"needs 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters"
-        raise InvalidRequest(f"Idempotency-Key {detail}", (FieldError("", "invalid_idempotency_key", detail),))
+        raise InvalidRequest(f"the header Idempotency-Key needs 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters")
     return IdempotencyKey(text, fingerprint(request))

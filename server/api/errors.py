@@ -1,17 +1,20 @@
 """Every error as `application/problem+json` (RFC 9457), those of Litestar itself too."""
 
+from http import HTTPStatus
 from typing import Any
 
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException
+from litestar.openapi.datastructures import ResponseSpec
+from pydantic import Field
 
 from server.api.request_context import request_id
+from server.api.views import View
 from server.errors import (
     DependencyError,
     InvalidRequest,
     ItemError,
-    MalformedBody,
     MethodNotAllowed,
     NotFound,
     NothingAccepted,
@@ -23,6 +26,40 @@ from server.errors import (
 
 _log = structlog.stdlib.get_logger()
 _AnyRequest = Request[Any, Any, Any]
+_MEDIA_TYPE = "application/problem+json"
+# What every route under /v1 may answer.
+_COMMON = (400, 401, 503)
+
+
+class ProblemError(View):
+    """One mistake in a request; `index` is there where one item or file was refused."""
+
+    location: str = Field(description="JSON pointer into the body.")
+    index: int | None = None
+    code: str
+    detail: str
+
+
+class Problem(View):
+    """Why a request was refused (RFC 9457)."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable; meant for programs.")
+    request_id: str = Field(description="The log of the server has it too.")
+    errors: list[ProblemError] | None = None
+
+
+def problems(*statuses: int) -> dict[int, ResponseSpec]:
+    """Describe the refusals of a route under /v1 for the OpenAPI document."""
+    return {
+        status: ResponseSpec(
+            Problem, description=HTTPStatus(status).phrase, media_type=_MEDIA_TYPE, generate_examples=False
+        )
+        for status in sorted({*_COMMON, *statuses})
+    }
 
 
 def exception_handlers() -> dict[int | type[Exception], Any]:
@@ -49,7 +86,7 @@ def problem(
     }
     if errors := _list_errors(error):
         body["errors"] = errors
-    return Response(body, status_code=error.http_status, media_type="application/problem+json", headers=headers)
+    return Response(body, status_code=error.http_status, media_type=_MEDIA_TYPE, headers=headers)
 
 
 def _list_errors(error: type[ServerError] | ServerError) -> list[dict[str, Any]]:
@@ -87,7 +124,7 @@ def _answer_litestar_error(request: _AnyRequest, error: HTTPException) -> Respon
         case 413:
             return problem(request, PayloadTooLarge, "the body is larger than limits.max_body_bytes allows")
         case status if status < 500:
-            return problem(request, MalformedBody if status == 400 else RequestError, error.detail)
+            return problem(request, RequestError, error.detail)
         case _:
             return _answer_unexpected(request, error)
 

@@ -7,6 +7,7 @@ from typing import Literal
 import anyio.to_thread
 from litestar import Response, get
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 from pydantic import Field
 
 from server.api.services import Services
@@ -31,13 +32,19 @@ class Alive(View):
     status: Literal["ok"]
 
 
-@get("/health/live", summary="Is the process alive?", sync_to_thread=False)
+@get("/health/live", tags=["Operations"], summary="Is the process alive?", sync_to_thread=False)
 def live() -> Alive:
     """Answer; nothing is asked of Redis or the store."""
     return Alive(status="ok")
 
 
-@get("/health/ready", summary="Would a batch be served?")
+@get(
+    "/health/ready",
+    tags=["Operations"],
+    summary="Would a batch be served?",
+    response_description="Redis and the store answer",
+    responses={503: ResponseSpec(Health, description="Redis or the store does not answer", generate_examples=False)},
+)
 async def ready(services: NamedDependency[Services]) -> Response[Health]:
     """Ask Redis and the store.
 

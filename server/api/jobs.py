@@ -4,6 +4,7 @@ from litestar import Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath
 
+from server.api.errors import problems
 from server.api.outputs import OutputSigner
 from server.api.services import Services
 from server.api.views import JobView, view_job
@@ -20,7 +21,7 @@ class NoOutput(Conflict):
     title = "The job has no result"
 
 
-@get("/jobs/{job_id:str}", summary="Read a job")
+@get("/jobs/{job_id:str}", tags=["Jobs"], summary="Read a job", responses=problems(404))
 async def read_job(
     job_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> JobView:
@@ -28,7 +29,14 @@ async def read_job(
     return view_job(await _find_job(services, principal, job_id), OutputSigner(services))
 
 
-@get("/jobs/{job_id:str}/output", status_code=307, summary="Download a result")
+@get(
+    "/jobs/{job_id:str}/output",
+    status_code=307,
+    tags=["Jobs"],
+    summary="Download a result",
+    response_description="The result lies at `Location`",
+    responses=problems(404, 409),
+)
 async def redirect_to_output(
     job_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> Response[None]:
@@ -40,7 +48,13 @@ async def redirect_to_output(
     return Response(None, status_code=307, headers={"Location": url})
 
 
-@post("/jobs/{job_id:str}/cancel", status_code=200, summary="Cancel a job")
+@post(
+    "/jobs/{job_id:str}/cancel",
+    status_code=200,
+    tags=["Jobs"],
+    summary="Cancel a job",
+    responses=problems(404, 409),
+)
 async def cancel_job(
     job_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> JobView:

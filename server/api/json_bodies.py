@@ -10,7 +10,9 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from server.config.allowed import suggest
 from server.errors import FieldError, InvalidRequest, MalformedBody
+from server.submit.request import TOO_MANY_ITEMS
 
 _MAX_DEPTH = 16
 _MAX_INTEGER_DIGITS = 20
@@ -122,22 +124,22 @@ def _find_forbidden_texts(value: object, path: tuple[str | int, ...]) -> Iterato
 
 
 def _forbidden_text(path: Sequence[str | int], character: str) -> FieldError:
-    return FieldError(
-        json_pointer(path), "forbidden_character", f"holds U+{ord(character):04X}, which no text may hold"
-    )
+    return FieldError(json_pointer(path), "invalid_value", f"holds U+{ord(character):04X}, which no text may hold")
 
 
 def _field_error(model: type[BaseModel], mistake: ErrorDetails) -> FieldError:
     location = json_pointer(mistake["loc"])
     match mistake["type"]:
         case "extra_forbidden":
-            allowed = ", ".join(_model_at(model, mistake["loc"][:-1]).model_fields)
-            return FieldError(location, "unknown_field", f"there is no such field here; allowed are {allowed}")
+            fields = _model_at(model, mistake["loc"][:-1]).model_fields
+            detail = f"there is no such field here; {suggest(str(mistake['loc'][-1]), fields)}"
+            return FieldError(location, "unknown_field", detail)
         case "missing":
             return FieldError(location, "missing", "is needed")
-        case code:
-            message = mistake["msg"]
-            return FieldError(location, code, message[0].lower() + message[1:])
+        case kind:
+            # Few codes of our own instead of pydantic's hundred: a client can know them all.
+            code = kind if kind == TOO_MANY_ITEMS else "invalid_value"
+            return FieldError(location, code, mistake["msg"][0].lower() + mistake["msg"][1:])
 
 
 def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:

@@ -7,6 +7,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath
 from pydantic import Field
 
+from server.api.errors import problems
 from server.api.services import Services
 from server.api.views import View
 from server.ledger.status import ModelStatus
@@ -58,14 +59,14 @@ class PresetList(View):
     data: list[Preset]
 
 
-@get("/models", summary="List the models")
+@get("/models", tags=["Models"], summary="List the models", responses=problems())
 async def list_models(services: NamedDependency[Services]) -> ModelList:
     """Answer all models, those too that no worker serves now."""
     statuses = await services.ledger.model_statuses(services.registry.ids)
     return ModelList(object="list", data=[_view(entry, statuses[entry.id]) for entry in services.registry])
 
 
-@get("/models/{model_id:str}", summary="Read a model")
+@get("/models/{model_id:str}", tags=["Models"], summary="Read a model", responses=problems(404))
 async def read_model(model_id: FromPath[str], services: NamedDependency[Services]) -> ModelView:
     """Answer one model."""
     entry = services.registry.get(model_id)
@@ -73,7 +74,7 @@ async def read_model(model_id: FromPath[str], services: NamedDependency[Services
     return _view(entry, statuses[entry.id])
 
 
-@get("/presets", summary="List the presets", sync_to_thread=False)
+@get("/presets", tags=["Models"], summary="List the presets", responses=problems(), sync_to_thread=False)
 def list_presets(services: NamedDependency[Services]) -> PresetList:
     """Answer the room types, the styles and the prompt of each pair."""
     return PresetList(

@@ -1,5 +1,6 @@
 """Around every request, whatever becomes of it: an id, a line in the log, and headers that every answer has."""
 
+import logging
 import re
 import secrets
 import time
@@ -42,8 +43,9 @@ class RequestContext:
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
                 ]
-                # The path only: a query may hold what is not for a log.
-                _log.info(
+                # Probes come every few seconds. The path only: a query may hold what is not for a log.
+                _log.log(
+                    logging.DEBUG if scope["path"].startswith("/health/") else logging.INFO,
                     "request.answered",
                     method=scope["method"],
                     path=scope["path"],

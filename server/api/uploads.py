@@ -6,9 +6,11 @@ from typing import Annotated, ClassVar
 
 from litestar import Response, post
 from litestar.di import NamedDependency
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import JSONBody
 from pydantic import Field
 
+from server.api.errors import problems
 from server.api.services import Services
 from server.api.views import ItemErrorView, View, view_item_error
 from server.errors import ItemError, NothingAccepted, RequestError
@@ -64,7 +66,16 @@ class UploadsView(View):
     errors: list[ItemErrorView]
 
 
-@post("/uploads", summary="Ask for upload forms")
+@post(
+    "/uploads",
+    tags=["Uploads"],
+    summary="Ask for upload forms",
+    response_description="Every file got a form",
+    responses={
+        207: ResponseSpec(UploadsView, description="Some files got a form", generate_examples=False),
+        **problems(413, 415, 422),
+    },
+)
 async def create_uploads(
     data: JSONBody[UploadsRequest], services: NamedDependency[Services], principal: NamedDependency[Principal]
 ) -> Response[UploadsView]:

@@ -90,7 +90,7 @@ def connect(settings: RedisSettings) -> Redis:
     A broken connection is made anew once. A timeout is not tried again: redis-py would do so for connecting and for the
     call, four times in all, while the client of the API waits.
     """
-    return Redis.from_url(
+    return Redis.from_url(  # pyright: ignore[reportUnknownMemberType] (redis types no **kwargs)
         settings.url,
         password=settings.password.get_secret_value() if settings.password else None,
         decode_responses=True,
@@ -121,7 +121,7 @@ class ApiLedger:
             LedgerUnavailable: it does not.
         """
         async with ledger_errors():
-            await cast("Any", self._client.ping())
+            await cast("Any", self._client).ping()
 
     async def check_schema(self) -> None:
         """Store the schema version in an empty ledger; refuse one that another version wrote.
@@ -142,7 +142,7 @@ class ApiLedger:
         async with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
             for record in records:
                 key = f"{self._prefix}:upload:{record.id}"
-                pipe.hset(key, mapping=upload_fields(record))
+                pipe.hset(key, mapping=cast("Any", upload_fields(record)))
                 pipe.expire(key, ttl_seconds)
             await pipe.execute()
 
@@ -168,7 +168,7 @@ class ApiLedger:
         self, batch: Batch, *, records_ttl_seconds: int, max_open_jobs: int, idempotency: Idempotency | None = None
     ) -> SubmitResult:
         """Accept a batch: all of it, durably, or nothing. Repeating the call with the same batch id changes nothing."""
-        request = {
+        request: dict[str, Any] = {
             "batch": {"id": batch.id, "owner": batch.owner, "fields": batch_fields(batch, records_ttl_seconds)},
             "jobs": [
                 {"id": job.id, "fields": job_fields(job), "uploads": [one.upload_id for one in job.inputs]}

@@ -3,7 +3,7 @@
 import json
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -53,7 +53,7 @@ def _encodable(text: str) -> str:
 
 
 @contextmanager
-def ledger_errors() -> Iterator[None]:
+def ledger_errors() -> Generator[None]:
     """Turn a Redis that does not serve into `LedgerUnavailable`; mistakes of ours stay what they are."""
     try:
         yield
@@ -69,7 +69,7 @@ def connect(settings: RedisSettings, *, decode: bool = True) -> redis.Redis:
     A broken connection is made anew, twice. A timeout is not tried again: redis-py would do so for connecting and for
     the call, nine times in all, and a lease may end before that.
     """
-    return redis.Redis.from_url(
+    return redis.Redis.from_url(  # pyright: ignore[reportUnknownMemberType] (redis types no **kwargs)
         settings.url,
         password=settings.password.get_secret_value() if settings.password else None,
         decode_responses=decode,
@@ -167,7 +167,7 @@ class WorkerLedger:
 
     def leave(self) -> None:
         """Take the announcement back, as the last act of a worker that stops in order."""
-        with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
+        with ledger_errors(), cast("Any", self._client).pipeline(transaction=True) as pipe:
             pipe.delete(f"{self._prefix}:worker:{self.worker_id}", f"{self._prefix}:worker:{self.worker_id}:claim")
             pipe.srem(f"{self._prefix}:workers", self.worker_id)
             pipe.execute()

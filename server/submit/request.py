@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from server.jobs import OutputSpec
 from server.model_entry import merge_params
 
+TOO_MANY_ITEMS = "too_many_items"
 ShortText = Annotated[str, Field(max_length=255)]
 
 
@@ -19,7 +20,7 @@ def _check_count(value: object, info: ValidationInfo) -> object:
     limit, count = context.get("max_items"), _length(value)
     if limit is not None and count > limit:
         raise PydanticCustomError(
-            "too_many_items",
+            TOO_MANY_ITEMS,
             "at most {limit} are allowed in one request, not {count}",
             {"limit": limit, "count": count},
         )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipelines.errors import DeadlineExceeded, OutOfMemory
+from pipelines.loading import LoadedModel
 from pipelines.running import Run, RunRequest
 from server.errors import LedgerUnavailable
 from server.jobs import Priority
@@ -152,6 +153,13 @@ class Lane:
         model = self._residency.require(in_hand.job.model)
         self._put_on_device(job)
         started = time.monotonic()
+        try:
+            self._run_step(job, model)
+        finally:
+            in_hand.device_seconds += time.monotonic() - started
+
+    def _run_step(self, job: LaneJob, model: LoadedModel) -> None:
+        in_hand, settings = job.in_hand, self._settings
         if job.run is None:
             request = RunRequest(
                 prompt=in_hand.job.prompt,
@@ -163,7 +171,6 @@ class Lane:
         remaining_seconds = max(0.0, settings.job_timeout_seconds - in_hand.device_seconds)
         with watchdog(remaining_seconds + settings.step_grace_seconds):
             job.run.advance()
-        in_hand.device_seconds += time.monotonic() - started
         in_hand.step, in_hand.total_steps = job.run.step, job.run.total_steps
 
     def _end(self, job: LaneJob, error: Exception | None) -> None:
@@ -172,7 +179,7 @@ class Lane:
         self._jobs.remove(job)
         in_hand = job.in_hand
         in_hand.photos = []
-        in_hand.timings["run"] = in_hand.device_seconds
+        in_hand.timings["run"] = round(in_hand.device_seconds, 3)
         if image is not None and error is None:
             self._on_image(in_hand, image)
         elif error is not None:

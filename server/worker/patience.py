@@ -34,12 +34,16 @@ class Outage:
 
     def over(self) -> None:
         """Say that a call was served."""
-        if self._since is None:
+        # Mostly nothing was lost; this is called after every answer, so it looks before it locks.
+        if not self._is_lost():
             return
         with self._lock:
             since, self._since = self._since, None
         if since is not None:
             log.info("dependency.back", dependency=self._dependency, away_seconds=round(time.monotonic() - since, 1))
+
+    def _is_lost(self) -> bool:
+        return self._since is not None
 
     def outwait(self, call: Callable[[], T], *, check: Callable[[], None], patience_seconds: float = float("inf")) -> T:
         """Repeat `call` until it is served.

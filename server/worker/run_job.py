@@ -125,7 +125,7 @@ class JobRunner:
         in_hand.inputs = tuple(found for _, found in fetched)
         entry = self._registry.get(in_hand.job.model)
         in_hand.params = final_params(entry, in_hand.job, in_hand.photos[0])
-        in_hand.timings["fetch"] = time.monotonic() - started
+        in_hand.timings["fetch"] = round(time.monotonic() - started, 3)
         to_lane(in_hand)
 
     def _fetch(self, in_hand: JobInHand, recorded: JobInput) -> tuple[Image.Image, JobInput]:
@@ -149,7 +149,7 @@ class JobRunner:
         if error is not None:
             self._delete(output)  # a try that failed may have stored it all the same
             raise error
-        in_hand.timings["store"] = time.monotonic() - started
+        in_hand.timings["store"] = round(time.monotonic() - started, 3)
         # From the first try of a commit on only its answer counts: while there is none, the object may be the result.
         reply = self._ledger_outage.outwait(
             lambda: self._ledger.commit(
@@ -216,7 +216,7 @@ class JobRunner:
             fields |= {"step": in_hand.step, "total_steps": in_hand.total_steps}
         if error is not None:
             fields |= {"error": error}
-        fields |= {f"{phase}_seconds": round(seconds, 3) for phase, seconds in in_hand.timings.items()}
+        fields |= {f"{phase}_seconds": seconds for phase, seconds in in_hand.timings.items()}
         event = f"job.{end}"
         log.info(event, **fields)
         self._hand.release(in_hand)

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -60,12 +59,15 @@ class Up:
 
     def children(self) -> dict[str, psutil.Process]:
         """Its child processes by name: valkey, store, api, worker."""
-        marks = {"valkey-server": "valkey", "mini": "store", "api": "api", "worker": "worker"}
         found = {}
         for child in psutil.Process(self.process.pid).children():
-            words = [Path(word).name for word in child.cmdline()]
-            # Between fork and exec the launcher's own words come first.
-            found |= {name: child for mark, name in marks.items() if mark in words and "-I" not in words}
+            command = child.cmdline()
+            program = Path(child.exe()).name
+            # Between fork and exec a child is still the launcher, which is a Python.
+            if program in {"valkey-server", "weed"}:
+                found["valkey" if program == "valkey-server" else "store"] = child
+            elif command[1:3] == ["-m", "server.cli"]:
+                found[command[3]] = child
         return found
 
     def tree(self) -> list[int]:
@@ -96,8 +98,14 @@ def up(tmp_path, weights_dir):
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory, weights_dir):
-    """Give a `restage up` that serves, shared by the tests that leave it so."""
-    one = Up(tmp_path_factory.mktemp("up") / "data", weights_dir)
+    """Give a `restage up` that serves, shared by the tests that leave it so; its environment names other services."""
+    one = Up(
+        tmp_path_factory.mktemp("up") / "data",
+        weights_dir,
+        RESTAGE__REDIS__URL="redis://127.0.0.1:9/0",
+        RESTAGE__STORE__ENDPOINT="127.0.0.1:9",
+        RESTAGE__STORE__PUBLIC_ENDPOINT="photos.example.com",
+    )
     try:
         one.wait_ready()
         yield one
@@ -241,19 +249,8 @@ def test_wrong_configuration_starts_nothing(up):
     assert not (one.data_dir / "logs").exists()
 
 
-def test_other_services_of_the_environment_are_not_used(up):
-    """`restage up` brings its own Redis and store, whatever the environment says of others."""
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
-        one = up(
-            "--port",
-            "0",
-            RESTAGE__REDIS__URL=f"redis://{endpoint}/0",
-            RESTAGE__STORE__ENDPOINT=endpoint,
-            RESTAGE__STORE__PUBLIC_ENDPOINT="photos.example.com",
-        )
-        url = one.wait_ready()
-        files = [{"filename": "a.png", "content_type": "image/png", "size_bytes": 9}]
-        form = httpx.post(f"{url}/v1/uploads", json={"files": files}, timeout=10).json()["uploads"][0]
-        assert re.match(r"http://127\.0\.0\.1:\d+/restage-uploads$", form["url"])
-        assert endpoint not in form["url"]
+def test_other_services_of_the_environment_are_not_used(running):
+    """Forms are for the instance's own store, although the environment names another Redis and another store."""
+    files = [{"filename": "a.png", "content_type": "image/png", "size_bytes": 9}]
+    answer = httpx.post(f"{running.wait_ready()}/v1/uploads", json={"files": files}, timeout=10)
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d{5}/restage-uploads", answer.json()["uploads"][0]["url"])

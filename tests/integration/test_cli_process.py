@@ -12,8 +12,8 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `restage` with these arguments and, apart from the path, only these variables."""
-    env = {"PATH": os.environ["PATH"], **environment}
+    """Run `restage` with these arguments and, of the variables for Restage, only these."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RESTAGE_")} | environment
     command = [sys.executable, "-m", "server.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=60)
 
@@ -68,6 +68,15 @@ def test_server_that_is_not_there_ends_a_command(tmp_path: Path) -> None:
         assert ended.returncode == 1
         assert "Traceback" not in ended.stderr
         assert "restage up" in ended.stderr
+
+
+def test_data_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
+    """`restage up` says which folder, and starts nothing."""
+    (tmp_path / "file").touch()
+    ended = run("up", "--data", str(tmp_path / "file" / "data"))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    assert "give another folder" in ended.stderr
 
 
 def test_keys_are_made_listed_and_withdrawn(tmp_path: Path) -> None:

@@ -2,19 +2,24 @@
 
 import asyncio
 import hashlib
+import io
 import json
+import re
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from rich.console import Console
 
+from server.client.batch import BatchRequest, BatchRun
 from server.client.errors import ApiError, ServerUnreachable, TransferFailed
 from server.client.http import RestageClient
 from server.client.photos import Photo, read_photo
+from server.client.progress import BatchProgress
 from server.ports import free_ports
 
 T = TypeVar("T")
@@ -230,3 +235,171 @@ def test_result_that_is_not_right_leaves_no_file(
         call(server.url, lambda client: client.fetch_result(output(server, b"picture"), tmp_path / "a.webp"))
     assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]
     assert (tmp_path / "a.webp").read_bytes() == b"earlier"
+
+
+def batch_answer(status: str, **job: Any) -> dict[str, Any]:
+    """Write a batch of one job as the server shows it."""
+    shown = {
+        "id": "j",
+        "index": 0,
+        "name": "hall.jpg",
+        "model": "m",
+        "status": status,
+        "error": None,
+        "progress": None,
+        "timings": {"queue": 9.0, "fetch": 0.5, "run": 1.0, "store": None},
+    } | job
+    counts = dict.fromkeys(("queued", "running", "succeeded", "failed", "cancelled"), 0) | {status: 1, "total": 1}
+    return {
+        "id": "b",
+        "status": "finished" if status in {"succeeded", "failed"} else status,
+        "counts": counts,
+        "jobs": [shown],
+    }
+
+
+def as_json(http_status: int, /, **body: Any) -> Answer:
+    return Answer(http_status, json.dumps(body).encode())
+
+
+def take_through(server: ScriptedServer, photo: Photo, out_dir: Path) -> BatchRun:
+    """Take one photo through upload, submission, waiting and download."""
+
+    async def work(client: RestageClient) -> BatchRun:
+        with BatchProgress(Console(file=io.StringIO())) as progress:
+            run = BatchRun(client, BatchRequest([photo.path], label="12 Oak St"), progress)
+            await run.submit()
+            await run.finish(out_dir)
+        return run
+
+    return call(server.url, work)
+
+
+@pytest.fixture
+def script(scripted: Callable[..., ScriptedServer]) -> Callable[..., ScriptedServer]:
+    """Give a function that starts a server whose URLs in answers lead back to itself."""
+
+    def start(*answers: Answer | str) -> ScriptedServer:
+        server = scripted(*answers)
+        server.answers = [
+            replace(answer, body=answer.body.replace(b"SERVER", server.url.encode()))
+            if isinstance(answer, Answer)
+            else answer
+            for answer in answers
+        ]
+        return server
+
+    return start
+
+
+FORM = as_json(201, uploads=[{"upload_id": "u", "index": 0, "url": "SERVER/form", "fields": {"key": "k"}}], errors=[])
+EXPIRED = Answer(403, b"<Error><Code>AccessDenied</Code></Error>")
+SENT = Answer(204, b"")
+ACCEPTED = as_json(201, batch=batch_answer("queued"), errors=[])
+PICTURE = b"picture"
+OUTPUT = {"url": "SERVER/result", "sha256": hashlib.sha256(PICTURE).hexdigest(), "content_type": "image/webp"}
+DONE = batch_answer("succeeded", output=OUTPUT)
+
+
+def test_photo_goes_from_form_to_file(script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path) -> None:
+    """The way that all goes well: one call after the other, and the result in the folder."""
+    server = script(
+        FORM, SENT, ACCEPTED, as_json(200, **batch_answer("running")), as_json(200, **DONE), Answer(200, PICTURE)
+    )
+    run = take_through(server, photo, tmp_path)
+    (result,) = run.results
+    assert result.is_done
+    assert (result.model, result.seconds) == ("m", 1.5)
+    assert (tmp_path / "001-hall.webp").read_bytes() == PICTURE
+    submitted = json.loads(server.requests[2][3])
+    assert submitted == {"defaults": {}, "items": [{"upload_id": "u", "name": "hall.jpg"}], "label": "12 Oak St"}
+
+
+def test_expired_form_is_replaced_once(script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path) -> None:
+    """Behind many large photos a form may expire before its turn; the batch names the new upload."""
+    fresh = as_json(201, uploads=[{"upload_id": "u2", "index": 0, "url": "SERVER/form", "fields": {}}], errors=[])
+    server = script(FORM, EXPIRED, fresh, SENT, ACCEPTED, as_json(200, **DONE), Answer(200, PICTURE))
+    assert take_through(server, photo, tmp_path).results[0].is_done
+    assert json.loads(server.requests[4][3])["items"][0]["upload_id"] == "u2"
+
+
+def test_stored_photo_is_not_sent_again(script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path) -> None:
+    """Where the store has the bytes already there is no form and nothing to send."""
+    exists = as_json(201, uploads=[{"upload_id": "u", "index": 0, "exists": True}], errors=[])
+    server = script(exists, ACCEPTED, as_json(200, **DONE), Answer(200, PICTURE))
+    assert take_through(server, photo, tmp_path).results[0].is_done
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        (
+            [as_json(422, code="nothing_accepted", errors=[{"index": 0, "code": "file_too_large", "detail": "d"}])],
+            "file_too_large: d",
+        ),
+        ([FORM, EXPIRED, FORM, EXPIRED], "upload_failed: .*AccessDenied"),
+        (
+            [
+                FORM,
+                SENT,
+                as_json(422, code="nothing_accepted", errors=[{"index": 0, "code": "damaged_image", "detail": "d"}]),
+            ],
+            "damaged_image: d",
+        ),
+    ],
+)
+def test_refused_photo_ends_without_a_batch(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path, answers: list[Answer], error: str
+) -> None:
+    """Whoever refuses it, and when, the photo's row says why, and nothing is waited for."""
+    run = take_through(script(*answers), photo, tmp_path)
+    assert run.batch_id is None
+    assert run.results[0].status == "refused"
+    assert re.match(error, run.results[0].error or "")
+
+
+def test_failed_job_is_told_with_its_reason(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """Nothing is fetched, and code and detail are those of the job."""
+    failed = batch_answer("failed", error={"code": "invalid_input", "detail": "truncated"})
+    run = take_through(script(FORM, SENT, ACCEPTED, as_json(200, **failed)), photo, tmp_path)
+    assert (run.results[0].status, run.results[0].error) == ("failed", "invalid_input: truncated")
+    assert run.batch_id == "b"
+    assert not run.results[0].is_done
+
+
+def test_download_is_repeated_with_a_fresh_url(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """A URL that expired meanwhile is replaced by reading the job again."""
+    server = script(
+        FORM, SENT, ACCEPTED, as_json(200, **DONE), EXPIRED, as_json(200, **DONE["jobs"][0]), Answer(200, PICTURE)
+    )
+    assert take_through(server, photo, tmp_path).results[0].is_done
+    assert server.requests[5][1] == "/v1/jobs/j"
+
+
+def test_result_that_cannot_be_written_is_told(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """The job succeeded; that its file could not be written is another matter, and is told as such."""
+    server = script(FORM, SENT, ACCEPTED, as_json(200, **DONE), Answer(200, PICTURE))
+    run = take_through(server, photo, tmp_path / "gone")
+    assert run.results[0].status == "succeeded"
+    assert not run.results[0].is_done
+    assert "cannot be written" in (run.results[0].error or "")
+
+
+def test_mistake_in_the_request_ends_the_run(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """What is wrong with the request as a whole is no photo's fault: it is raised with its places."""
+    problem = as_json(
+        422,
+        code="invalid_request",
+        detail="1 mistake",
+        errors=[{"location": "/label", "code": "c", "detail": "too long"}],
+    )
+    with pytest.raises(ApiError, match="/label: too long"):
+        take_through(script(FORM, SENT, problem), photo, tmp_path)

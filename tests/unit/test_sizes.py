@@ -95,7 +95,7 @@ def test_too_narrow_photo_is_refused_for_an_explicit_size_too():
         ({"seed": True}, "valid integer"),
         ({"seed": 7.0}, "valid integer"),
         ({"sead": 7}, "not permitted"),
-        ({"num_inference_steps": 0}, "greater than or equal to 1"),
+        ({"num_inference_steps": 1}, "greater than or equal to 2"),
         ({"num_inference_steps": 101}, "less than or equal to 100"),
         ({"true_cfg_scale": 0.5}, "greater than or equal to 1"),
         ({"true_cfg_scale": math.nan}, "finite number"),

@@ -81,9 +81,7 @@ class Api:
         output = JobOutput(key, hashlib.sha256(data).hexdigest(), "image/webp", 96, 128, len(data))
         timings = {"fetch": 0.1, "run": 0.2, "store": 0.1}
         assert (
-            self.worker.commit(
-                job.id, job.fence, output=output, timings=timings, params=job.params, inputs=job.inputs
-            )
+            self.worker.commit(job.id, job.fence, output=output, timings=timings, params=job.params, inputs=job.inputs)
             == "ok"
         )
         return job
@@ -96,7 +94,7 @@ class Api:
 
 @pytest.fixture
 def open_api(valkey, s3, settings_for) -> Callable[..., Any]:
-    """Give a function that opens an API: `with open_api(RESTAGE__LIMITS__MAX_OPEN_JOBS="3") as api`."""
+    """Let a test open an API with settings of its own, as a context manager."""
 
     @contextmanager
     def opened(**environment: str) -> Iterator[Api]:

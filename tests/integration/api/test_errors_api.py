@@ -1,5 +1,6 @@
 """Every refusal is a problem document with an id that the log knows too, whatever is thrown at the server."""
 
+import asyncio
 import logging
 
 import pytest
@@ -71,6 +72,31 @@ def test_a_thousand_mistakes_are_not_all_told(api):
     assert "999 more" in problem["detail"]
 
 
+def test_a_body_that_trickles_is_given_up(api, monkeypatch):
+    """A client that never ends its body does not hold its connection for ever."""
+    monkeypatch.setattr("server.api.bodies._BODY_TIMEOUT_SECONDS", 0.05)
+    sent = []
+
+    async def receive():
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b" ", "more_body": True}
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"host", b"a"), (b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/batches", "query_string": b"", "headers": headers}
+    scope |= {"scheme": "http", "server": ("a", 80), "client": ("b", 1), "root_path": "", "http_version": "1.1"}
+    api.http.blocking_portal.call(api.http.app, scope, receive, send)
+    assert sent[0]["status"] == 408
+    assert b'"request_timeout"' in sent[1]["body"]
+
+
+def test_a_host_that_is_none_is_refused(api):
+    """A request with a broken Host header is the caller's fault."""
+    check_problem(api.http.get("/v1/models", headers={"Host": "a b"}), 400, "bad_request")
+
+
 def test_unknown_routes_and_methods_are_problems_too(api):
     """What Litestar answers by itself has the same shape, and 405 says what is allowed."""
     check_problem(api.http.get("/v1/nothing"), 404, "not_found")
@@ -90,7 +116,7 @@ def test_a_sane_request_id_is_taken_over(api, given, is_kept):
     assert len(response.headers["x-request-id"]) >= 8
 
 
-def test_a_mistake_of_ours_is_logged_and_not_shown(api, monkeypatch, capfd, caplog):
+def test_a_mistake_of_ours_is_logged_and_not_shown(api, capfd, caplog):
     """What nobody expected becomes a 500 without internals; its traceback is in the log."""
     # No request can do this: the ledger's answer is broken on purpose.
     api.redis.hset("restage:batch:" + "a" * 32, mapping={"id": "a" * 32, "owner": "local"})

@@ -67,9 +67,7 @@ def test_requests_that_race_under_one_key_make_one_batch(api):
     [upload_id] = api.upload(picture())
     with ThreadPoolExecutor(8) as threads:
         answers = list(
-            threads.map(
-                lambda _: api.submit({"upload_id": upload_id}, headers={"Idempotency-Key": "key-1"}), range(8)
-            )
+            threads.map(lambda _: api.submit({"upload_id": upload_id}, headers={"Idempotency-Key": "key-1"}), range(8))
         )
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.json()["batch"]["id"] for answer in answers}) == 1
@@ -90,8 +88,9 @@ def test_a_key_that_cannot_be_kept_is_refused(api, key):
 class ForgettingLook(PhotoLook):
     """Looks as ever, and then lets uploads expire before the batch is accepted."""
 
-    expired = ()
-    redis = None
+    def __init__(self, services, redis, expired):
+        super().__init__(services.store, services.settings.limits, threads=services.store_threads, timeout_seconds=10)
+        self.redis, self.expired = redis, expired
 
     async def look(self, records):
         found = await super().look(records)
@@ -101,10 +100,7 @@ class ForgettingLook(PhotoLook):
 
 
 def make_submitter(services, redis, expired, ledger=None):
-    look = ForgettingLook(
-        services.store, services.settings.limits, threads=services.store_threads, timeout_seconds=10
-    )
-    look.expired, look.redis = expired, redis
+    look = ForgettingLook(services, redis, expired)
     resolver = Resolver(
         services.registry, services.prompts, default_model="tiny-flux-kontext", max_prompt_characters=100
     )
@@ -143,7 +139,7 @@ class UnreadableLedger(ApiLedger):
     """Loses its connection right after the batch was accepted."""
 
     async def read_batch(self, batch_id):
-        raise LedgerUnavailable("gone")
+        raise LedgerUnavailable(f"gone before {batch_id} was read")
 
 
 def test_an_accepted_batch_is_told_even_if_it_cannot_be_read(api):

@@ -80,6 +80,24 @@ def test_redis_may_die_and_come_back(open_api, own_valkey, capfd):
     assert log.count("sweep.recovered") == 1
 
 
+def test_the_sweep_goes_on_after_a_mistake(open_api, capfd, wait_until):
+    """What nobody expected is logged with its traceback, once, and does not end the sweeping."""
+    with open_api(RESTAGE__SWEEP__INTERVAL_SECONDS="0.05") as api:
+        log = []
+
+        def log_has(text):
+            log.extend(capfd.readouterr())
+            return text in "".join(log)
+
+        api.redis.set("restage:swept", "not a hash")
+        wait_until(lambda: log_has("sweep.failed"))
+        time.sleep(0.3)
+        api.redis.delete("restage:swept")
+        wait_until(lambda: log_has("sweep.recovered"))
+    assert "".join(log).count("sweep.failed") == 1
+    assert "WRONGTYPE" in "".join(log)
+
+
 def test_a_silent_redis_costs_its_timeout_and_no_more(open_api, own_valkey):
     """A Redis that does not answer is given up after the client's timeout."""
     with open_api(RESTAGE__REDIS__URL=own_valkey.url, RESTAGE__REDIS__TIMEOUT_SECONDS="0.2") as api:

@@ -148,13 +148,13 @@ def test_a_lost_claim_is_not_answered_with_a_job_that_went_elsewhere(ledger: Any
     """Where the job was taken back before the claim was repeated, the repetition answers nothing."""
     ledger.accept("b1", ["qwen"])
     worker = ledger.worker()
-    worker._claim_token = "lost"
+    worker._claim_token = "lost"  # noqa: S105 - it guards nothing
     assert isinstance(worker.claim(["qwen"], num_held=0), Job)
     # The reply was lost; the lease runs out before the worker asks again, and while Redis still remembers the claim.
     ledger.client.zadd(f"{ledger.prefix}:leases", {"b1-0": 0})
     ledger.client.hset(f"{ledger.prefix}:swept", mapping={"at": int(time.time() * 1000), "grace_until": 0})
     assert ledger.sweep().requeued == 1
-    worker._claim_token = "lost"
+    worker._claim_token = "lost"  # noqa: S105 - it guards nothing
     assert worker.claim(["qwen"], num_held=0) is None
     assert isinstance(worker.claim(["qwen"], num_held=0), Job)
 
@@ -345,4 +345,4 @@ def test_the_clients_wait_no_longer_than_told(ledger: Any) -> None:
     for client in (worker_side.connect(settings), api_side.connect(settings)):
         options = client.connection_pool.connection_kwargs
         assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1.5, 1.5)
-        assert options["password"] == "hunter2"
+        assert options["password"] == "hunter2"  # noqa: S105

@@ -18,7 +18,7 @@ def count_transformer_calls():
 
     def count(twin, photos, **changes):
         calls = []
-        handle = twin.model.pipeline.transformer.register_forward_pre_hook(lambda module, args: calls.append(1))
+        handle = twin.model.pipeline.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
         try:
             twin.run(photos, **changes)
         finally:
@@ -84,7 +84,8 @@ def test_photos_of_any_shape_run(twin, size):
     height, width = size
     photo = Image.new("RGB", (width, height), (120, 140, 160))
     request = twin.request([photo])
-    run = twin.start([photo], num_inference_steps=1)
+    run = twin.start([photo], num_inference_steps=2)
+    assert run.advance() is True
     assert run.advance() is False
     assert (run.image.height, run.image.width) == (request.params["height"], request.params["width"])
 
@@ -112,8 +113,9 @@ def test_narrowest_photo_suits_qwens_own_rounding(area, ratio):
 def test_output_has_the_size_asked_for(twin, photos, size):
     """An explicit size is the size of the output, not a ratio of something else."""
     height, width = size
-    run = twin.start(photos[:1], height=height, width=width, num_inference_steps=1)
-    run.advance()
+    run = twin.start(photos[:1], height=height, width=width, num_inference_steps=2)
+    while run.advance():
+        pass
     assert (run.image.height, run.image.width) == size
 
 
@@ -137,7 +139,7 @@ def test_reference_is_read_at_the_models_area(twin, photos):
 
     setattr(twin.model.pipeline.vae, encode, remember_shape)
     try:
-        twin.run([photos[0].resize((2000, 1500))], num_inference_steps=1)
+        twin.run([photos[0].resize((2000, 1500))], num_inference_steps=2)
     finally:
         delattr(twin.model.pipeline.vae, encode)
     assert shapes == [{"qwen": (96, 160), "kontext": (112, 144)}[twin.name]]
@@ -168,9 +170,9 @@ def test_pipelines_have_nothing_to_remark(twin, photos, caplog):
     logger = logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
     try:
-        twin.run(photos[:1], prompt="Add a sofa.", num_inference_steps=1)
+        twin.run(photos[:1], prompt="Add a sofa.", num_inference_steps=2)
         if twin.name == "qwen":
-            twin.run(photos[:1], prompt="Add a sofa.", num_inference_steps=1, true_cfg_scale=1.0)
+            twin.run(photos[:1], prompt="Add a sofa.", num_inference_steps=2, true_cfg_scale=1.0)
     finally:
         logger.removeHandler(caplog.handler)
     assert caplog.messages == []
@@ -210,5 +212,4 @@ def test_control_tokens_in_a_prompt_are_refused(qwen, photos, token, field):
 )
 def test_prompts_of_any_text_run(twin, photos, prompt):
     """Empty, odd, foreign and very long prompts make a picture."""
-    run = twin.start(photos[:1], prompt=prompt, num_inference_steps=1)
-    assert run.advance() is False
+    assert twin.run(photos[:1], prompt=prompt, num_inference_steps=2).std() > 10

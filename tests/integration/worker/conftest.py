@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from redis.asyncio import Redis
 
 from server.child import Child
+from server.errors import LedgerUnavailable
 from server.jobs import Batch, BatchStatus, Job, JobInput, OutputSpec, Priority
 from server.ledger.api_side import ApiLedger
 from server.ledger.records import UploadRecord
@@ -56,7 +58,9 @@ class Workers:
         self._sweep = asyncio.run_coroutine_threadsafe(self._sweep_on(), self._loop)
 
     @staticmethod
-    def picture(height: int = 96, width: int = 128, *, seed: int = 0, file_format: str = "PNG", **options: Any) -> bytes:
+    def picture(
+        height: int = 96, width: int = 128, *, seed: int = 0, file_format: str = "PNG", **options: Any
+    ) -> bytes:
         """Return a photo's file; each seed gives another."""
         colors = [(37 * seed + 50 * place) % 256 for place in range(3)]
         image = Image.linear_gradient("L").resize((width, height))
@@ -70,10 +74,10 @@ class Workers:
         """Of all keys of this ledger."""
         return self.settings.redis.key_prefix
 
-    def close(self) -> None:
-        """Kill all workers and close all connections."""
+    def close(self, *, stop_seconds: float = 0.0) -> None:
+        """Kill all workers, after giving them time to write their coverage down, and close all connections."""
         for child in self.children:
-            child.kill_group()
+            child.stop(stop_seconds)
         self._sweeping = False
         self._sweep.result(10)
         self.wait(self.api.close())
@@ -83,17 +87,13 @@ class Workers:
         self._client.close()
 
     async def _sweep_on(self) -> None:
-        from server.errors import LedgerUnavailable
-
         while self._sweeping:
-            try:
+            with suppress(LedgerUnavailable):
                 await self.api.sweep(
                     self.registry.ids,
                     lease_seconds=self.settings.worker.lease_seconds,
                     interval_seconds=SWEEP_SECONDS,
                 )
-            except LedgerUnavailable:
-                pass
             await asyncio.sleep(SWEEP_SECONDS)
 
     def wait(self, call: Any) -> Any:
@@ -126,7 +126,8 @@ class Workers:
 
     def holder(self, job_id: str) -> Child:
         """Return the process of the worker that claimed a job last."""
-        pid = int(self.read(job_id).worker.rsplit("-", 2)[1])
+        worker_id = self.read(job_id).worker or ""
+        pid = int(worker_id.rsplit("-", 2)[1])
         return next(child for child in self.children if child.pid == pid)
 
     def statuses(self) -> list[WorkerStatus]:
@@ -147,11 +148,14 @@ class Workers:
     def until(self, what: str, look: Callable[[], Any], *, timeout_seconds: float = PATIENCE_SECONDS) -> Any:
         """Return the first truthy value of `look`."""
         deadline = time.monotonic() + timeout_seconds
-        while not (value := look()):
+        while True:
+            # A Redis that was killed has left dead connections behind.
+            with suppress(LedgerUnavailable):
+                if value := look():
+                    return value
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {timeout_seconds:g} s: {what}\n{self.logs()}")
             time.sleep(0.02)
-        return value
 
     def logs(self) -> str:
         """Return what the workers wrote last."""
@@ -318,7 +322,7 @@ def steady(
         workers.wait_ready()
         yield workers
     finally:
-        workers.close()
+        workers.close(stop_seconds=30)
 
 
 @pytest.fixture(scope="module")

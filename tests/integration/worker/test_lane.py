@@ -1,13 +1,14 @@
-"""The lane in this process, on a real ledger and real twins: order, stops between steps, memory, what is on the device."""
+"""The lane in this process, on a real ledger and real twins: who goes first, when it stops, what is in memory."""
 
 import queue
 import threading
 import time
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
-from server.jobs import Priority
+from server.jobs import Job, Priority
 from server.ledger.worker_side import WorkerLedger, connect
 
 
@@ -54,6 +55,7 @@ class LaneKit:
         claimed = {}
         for _ in ids:
             job = self.ledger.claim(self.workers.registry.ids, num_held=0)
+            assert isinstance(job, Job)
             in_hand = claimed[job.id] = self.hand.take(job)
             data = self.workers.store.fetch_upload(job.inputs[0].key, job.inputs[0].etag)
             in_hand.photos = [decode_photo(data, max_pixels=10**8)]
@@ -95,7 +97,8 @@ def test_best_job_is_chosen(workers):
     photo = workers.upload(workers.picture())
 
     def job(order, priority, *, has_run=False):
-        return LaneJob(JobInHand(workers.job(photo, priority=priority), order), run=object() if has_run else None)
+        run: Any = object() if has_run else None
+        return LaneJob(JobInHand(workers.job(photo, priority=priority), order), run)
 
     first = job(1, Priority.NORMAL)
     under_way = job(2, Priority.NORMAL, has_run=True)

@@ -1,8 +1,11 @@
-"""Workers die, freeze and are stopped, and Redis goes away: every job is done once, and only faults of its own cost it."""
+"""Workers die, freeze and are stopped, Redis goes away: each job is done once, and pays for its own faults only."""
 
+import resource
 import signal
 import time
 from dataclasses import replace
+
+import psutil
 
 from server.embedded import EmbeddedValkey
 from server.jobs import JobStatus
@@ -34,7 +37,7 @@ def test_killed_workers_job_is_done_by_another(crew):
 
 
 def test_frozen_worker_that_wakes_up_leaves_the_job_alone(crew):
-    """A worker that was stopped for longer than its lease finds its job lost: one commit, and no object but the result."""
+    """A worker that slept for longer than its lease finds its job lost: one commit, and no object but the result."""
     crew.ensure(2)
     batch_id, job_id = crew.submit(crew.job(crew.upload(crew.picture()), params=LONG))
     crew.step(job_id)
@@ -76,7 +79,7 @@ def test_sigterm_lets_the_jobs_in_hand_finish(crew):
 
 
 def test_second_signal_gives_the_jobs_back_at_once(crew):
-    """After another signal the jobs are queued again, at no cost, and the process is gone long before they were done."""
+    """After another signal the jobs are queued again, at no cost, and the process is gone before they were done."""
     crew.ensure(1)
     photo = crew.upload(crew.picture())
     batch_id, *job_ids = crew.submit(*(crew.job(photo, params=LONG) for _ in range(2)))
@@ -112,16 +115,40 @@ def test_job_that_kills_its_workers_is_poisoned_and_the_others_are_done(crew):
             return crew.read(poison).attempts == attempts and crew.field(poison, "on_device") == "1"
 
         crew.until(f"run {death} of the poison", is_on_device)
-        held = next(one for one in crew.statuses() if one.pid == crew.holder(poison).pid).held_jobs
+        holder, beside = crew.holder(poison), [crew.read(job_id) for job_id in others]
         if death > 1:
-            assert set(held) <= {poison}, "a suspect must run alone"
-        crew.holder(poison).kill_group()
+            in_hand = [
+                job.id for job in beside if job.status is JobStatus.RUNNING and job.worker == crew.read(poison).worker
+            ]
+            assert in_hand == [], "a suspect must run alone"
+        holder.kill_group()
 
     (job,) = crew.finished(batch_id).jobs
     assert (job.status, job.error.code, job.attempts) == (JobStatus.FAILED, "poisoned", 3)
     crew.ensure(1)
     assert crew.finished(others_batch).counts["succeeded"] == 6
     assert [crew.field(job_id, "device_deaths") for job_id in others] == ["0"] * 6
+
+
+def test_job_that_does_not_fit_fails_and_the_worker_goes_on(crew):
+    """Out of memory, a job gets the device to itself; then it fails as `out_of_memory`, and others are still done."""
+    crew.ensure(1)
+    photo = crew.upload(crew.picture())
+    pid = crew.alive()[0].pid
+    limits = resource.prlimit(pid, resource.RLIMIT_AS)
+    resource.prlimit(pid, resource.RLIMIT_AS, (psutil.Process(pid).memory_info().vms + 50 * 2**20, limits[1]))
+    huge = crew.job(photo, params={"num_inference_steps": 1, "height": 1280, "width": 1280})
+    batch_id, _ = crew.submit(huge)
+
+    (job,) = crew.finished(batch_id).jobs
+    resource.prlimit(pid, resource.RLIMIT_AS, limits)
+
+    assert (job.status, job.error.code, job.attempts) == (JobStatus.FAILED, "out_of_memory", 1)
+    log = crew.alive()[0].tail(200)
+    assert log.count("device.full") == 1
+    assert f"model={crew.QWEN}" in next(line for line in log.splitlines() if "model.evicted" in line)
+    next_batch, *_ = crew.submit(crew.job(photo, crew.QWEN), crew.job(photo))
+    assert crew.finished(next_batch).counts["succeeded"] == 2
 
 
 def test_redis_that_dies_in_mid_job_costs_time_only(new_workers, tmp_path):

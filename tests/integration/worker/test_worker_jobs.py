@@ -32,6 +32,7 @@ def run_here(workers, job, data):
         run = model.start([photo], request, num_threads=1)
         while run.advance():
             pass
+        assert run.image is not None
         return run.image
     finally:
         torch.set_num_threads(before)
