@@ -49,7 +49,7 @@ EXIT_OK = 0
 EXIT_NO_MODELS = 3
 EXIT_THREAD_DIED = 4
 # What threads get to notice that the process ends.
-FAREWELL_SECONDS = 10.0
+FAREWELL_SECONDS = 4.0
 
 Order = Literal["stop", "no_models"]
 

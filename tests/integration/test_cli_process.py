@@ -47,7 +47,7 @@ def test_mistakes_in_registry_and_prompts_come_together(tmp_path: Path) -> None:
     folder = tmp_path / "config"
     shutil.copytree(REPOSITORY / "config", folder)
     for name, right, wrong in (
-        ("models", "family: flux_kontext", "famly: flux_kontext"),
+        ("models", "family: flux_kontext", "kin: flux_kontext"),
         ("prompts", "rooms:", "romms:"),
     ):
         file = folder / f"{name}.yaml"

@@ -197,7 +197,7 @@ def test_a_batch_of_nothing_usable_is_refused_whole(api):
         ({"items": []}, [("/items", "invalid_value")]),
         ({"items": [{"upload_id": "a"}], "itms": 1}, [("/itms", "unknown_field")]),
         ({"items": [{"upload_id": "a"}], "webhook": {"url": "https://a.example"}}, [("/webhook", "unknown_field")]),
-        ({"items": [{"upload_id": "a", "modle": "x"}]}, [("/items/0/modle", "unknown_field")]),
+        ({"items": [{"upload_id": "a", "modelx": "x"}]}, [("/items/0/modelx", "unknown_field")]),
         ({"items": [{"upload_id": "a"}, {"upload_id": 5}]}, [("/items/1/upload_id", "invalid_value")]),
         ({"items": [{}]}, [("/items/0", "invalid_value")]),
         ({"items": [{"upload_id": "a", "upload_ids": ["b"]}]}, [("/items/0", "invalid_value")]),
@@ -226,7 +226,7 @@ def test_a_wrong_envelope_is_refused_with_pointers(api, body, errors):
 
 def test_unknown_fields_are_answered_with_those_that_exist(api):
     """Who mistypes a field is told what may stand there."""
-    response = api.http.post("/v1/batches", json={"items": [{"upload_id": "a", "modle": "x"}], "webhook": {}})
+    response = api.http.post("/v1/batches", json={"items": [{"upload_id": "a", "modelx": "x"}], "webhook": {}})
     details = [error["detail"] for error in response.json()["errors"]]
     assert "did you mean model?" in details[0]
     assert "allowed are defaults, items, label, metadata, priority" in details[1]

@@ -74,7 +74,7 @@ def test_requests_that_race_under_one_key_make_one_batch(api):
     assert num_batches(api) == 1
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "caf\xe9"])
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "k\xf6y"])
 def test_a_key_that_cannot_be_kept_is_refused(api, key):
     """Keys are 1 to 255 printable ASCII characters."""
     response = api.http.post(

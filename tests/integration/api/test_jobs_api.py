@@ -104,3 +104,24 @@ def test_ids_that_are_none_answer_404(api, batch, method, path, unknown):
     response = api.http.request(method, path.format(unknown.replace("{id}", found)))
     assert response.status_code == 404
     assert response.json()["code"] == "not_found"
+
+
+def test_reading_a_batch_costs_one_command(open_api):
+    """However many jobs a batch has, reading it asks Redis once and the store never."""
+    with open_api(RESTAGE__SWEEP__INTERVAL_SECONDS="1000") as api:
+        [upload_id] = api.upload(picture())
+        batch = api.accept(*[{"upload_id": upload_id}] * 50)
+        api.run_next()
+        api.http.get(f"/v1/batches/{batch['id']}")
+
+        def num_calls():
+            return {name: stat["calls"] for name, stat in api.redis.info("commandstats").items()}
+
+        before = num_calls()
+        assert len(api.http.get(f"/v1/batches/{batch['id']}").json()["jobs"]) == 50
+        after = num_calls()
+    from_outside = {"cmdstat_evalsha": 1, "cmdstat_info": 1}
+    # What the script itself calls is counted as well.
+    inside = {"cmdstat_hgetall", "cmdstat_hmget", "cmdstat_lrange", "cmdstat_zrank", "cmdstat_time"}
+    grown = {name: calls - before.get(name, 0) for name, calls in after.items() if calls != before.get(name, 0)}
+    assert {name: calls for name, calls in grown.items() if name not in inside} == from_outside
