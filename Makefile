@@ -42,5 +42,5 @@ fix: $(VENV)/.dev ## Apply what ruff can repair by itself
 bench: $(VENV)/.dev ## Measure what the documents quote
 	$(BIN)/python scripts/bench_config.py
 
-clean: ## Remove the virtual environment, caches and what the demo wrote
-	rm -rf $(VENV) .data demo-output staged .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .import_linter_cache
+clean: ## Remove the virtual environment, caches and the contact sheet; data and results stay
+	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .import_linter_cache

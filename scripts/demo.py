@@ -41,7 +41,7 @@ _STOP_SECONDS = 60
 _NOTICE = """\
 The two models of this demo are tiny twins: the real pipelines at toy size, with random weights.
 What they paint looks like noise, on purpose: it shows that every part works, not what staging looks like.
-On a machine with an NVIDIA GPU, put real weights where weights/README.md says and run `restage up` there."""
+On a machine with an NVIDIA GPU, put real weights where weights/README.md says; README.md says how to start."""
 _CELL, _MARGIN, _CAPTION = 320, 16, 40
 
 

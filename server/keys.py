@@ -110,7 +110,7 @@ class KeyStore:
 
         Args:
             owner: 1 to 64 letters, digits, dots, hyphens, underscores or @; several keys may have the same.
-            role: `admin` sees and changes what belongs to others.
+            role: `admin` is for the calls of an operator. There are none yet: both roles see their own work only.
             max_priority: the highest priority that jobs of this key may have.
 
         Returns:

@@ -34,7 +34,7 @@ _IdempotencyHeader = Annotated[
     response_description="Every item was accepted",
     responses={
         207: ResponseSpec(SubmissionView, description="Some items were accepted", generate_examples=False),
-        **problems(403, 409, 413, 415, 422),
+        **problems(403, 404, 409, 413, 415, 422),
     },
 )
 async def submit_batch(

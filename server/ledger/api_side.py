@@ -211,7 +211,8 @@ class ApiLedger:
     async def sweep(self, models: Sequence[str], *, lease_seconds: float, interval_seconds: float) -> SweepReport:
         """Do what is due. `interval_seconds` is the usual time between sweeps: a longer pause looks like an outage."""
         lease_ms = int(lease_seconds * 1000)
-        # A lease is renewed at each third: after a shorter pause no live worker's lease can have run out.
+        # Renewed at each third, a lease has at least two thirds left when Redis goes away. So a pause that is not taken
+        # for an outage costs nobody a lease, as long as three intervals are not more than that.
         outage_ms = int(max(lease_ms / 3, interval_seconds * 3000))
         reply = await self._run("sweep", lease_ms, outage_ms, _SWEEP_LIMIT, POISON_AFTER_DEVICE_DEATHS, *models)
         return SweepReport(**json.loads(reply))

@@ -187,7 +187,7 @@ class JobRunner:
             in_hand.check_lease()
             end = self._ledger_outage.outwait(lambda: self._tell(in_hand, error), check=in_hand.check_lease)
         except LeaseLost:
-            end = "lost"
+            end = "given_back" if in_hand.abandoned else "lost"
         self._close(in_hand, end, error=f"{type(error).__name__}: {error}")
 
     def _tell(self, in_hand: JobInHand, error: Exception) -> str:
@@ -198,6 +198,7 @@ class JobRunner:
             return "failed" if reply == "ok" else reply
         # What is away comes back, and what this worker cannot load another may: neither costs the job anything.
         counts = not is_expected(error)
+        bug = f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id."
         reply = self._ledger.retry(
             job.id,
             job.fence,
@@ -205,7 +206,7 @@ class JobRunner:
             counts=counts,
             max_errors=self._settings.max_errors,
             code="internal_error" if counts else "not_served",
-            detail=f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id.",
+            detail=bug if counts else str(error),
         )
         return "retrying" if reply == "ok" else reply
 

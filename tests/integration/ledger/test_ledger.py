@@ -185,6 +185,26 @@ def test_errors_of_a_job_are_bounded(ledger: Any) -> None:
     assert ledger.job(job.id).error == JobError("run_failed", "NaN")
     assert ledger.read("b1").counts["failed"] == 1
 
+    # The user's retry begins with none spent.
+    assert ledger.run(ledger.api.reopen("ana", "b1", [job.id])) == [job.id]
+    job = ledger.claim(["qwen"])
+    assert (job.attempts, worker.retry(job.id, job.fence, **trouble)) == (3, "ok")
+
+
+def test_a_job_is_failed_by_its_holder_only(ledger: Any) -> None:
+    """The holder may say it twice; whoever lost the job before changes nothing and hears so."""
+    ledger.accept("b1", ["qwen"])
+    stale = ledger.claim(["qwen"])
+    ledger.sweep_for_a_lease()
+    job, worker = ledger.claim(["qwen"], "w2"), ledger.worker()
+    assert worker.fail(stale.id, stale.fence, code="x", detail="stale", timings={}) == "lost"
+    for _ in range(2):
+        assert worker.fail(job.id, job.fence, code="invalid_input", detail="truncated", timings={}) == "ok"
+    assert worker.fail(stale.id, stale.fence, code="x", detail="stale", timings={}) == "lost"
+    assert worker.retry(job.id, job.fence, delay_seconds=0, counts=False, max_errors=1, code="x", detail="") == "lost"
+    assert ledger.job(job.id).error == JobError("invalid_input", "truncated")
+    assert ledger.events("b1").count("job.failed") == 1
+
 
 def test_giving_a_job_back_for_nobodys_fault_costs_nothing(ledger: Any) -> None:
     """A shutdown or an absent dependency spends no error, and the job keeps its place before younger ones."""

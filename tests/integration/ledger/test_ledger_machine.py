@@ -86,6 +86,7 @@ class ModelJob:
     error: str | None = None
     due_at: float | None = None
     lease_until: float | None = None
+    changed: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -185,6 +186,7 @@ class LedgerModel:
     def move(self, job: ModelJob, status: str) -> None:
         """Change a job's status by one of the documented moves."""
         assert JobStatus(status) in TRANSITIONS[JobStatus(job.status)]
+        job.changed = self.call
         job.status = status
         job.on_device = False
 
@@ -307,7 +309,7 @@ class LedgerModel:
             if not (job := self.held(job_id, fence)):
                 replies.append("lost")
                 continue
-            job.lease_until = self.now + LEASE_SECONDS
+            job.lease_until, job.changed = self.now + LEASE_SECONDS, self.call
             if step is not None and step != job.step:
                 job.step = step
                 self.streams["changes"] = self.now + STREAM_SECONDS
@@ -401,8 +403,22 @@ class LedgerModel:
             batch.status, batch.forget_at, batch.round = "queued", None, batch.round + 1
         return reopened
 
-    def sweep(self, models: list[str], expired: list[str], due: list[str]) -> dict[str, Any]:
-        """Expect a sweep's report; `expired` and `due` say in which order the ledger meets what the model calls due."""
+    def expired(self) -> list[ModelJob]:
+        """List the jobs whose lease has run out, the one that was renewed first before the others."""
+        jobs = [job for job in self.jobs.values() if job.lease_until is not None and job.lease_until <= self.now]
+        return sorted(jobs, key=lambda job: (job.changed, job.id))
+
+    def due(self) -> list[ModelJob]:
+        """List the jobs whose wait for another try is over, oldest first."""
+        jobs = [job for job in self.jobs.values() if job.due_at is not None and job.due_at <= self.now]
+        return sorted(jobs, key=lambda job: job.changed)
+
+    def old(self) -> list[ModelBatch]:
+        """List the batches that may be forgotten, in no matter which order."""
+        return [batch for batch in self.batches.values() if batch.forget_at is not None and batch.forget_at <= self.now]
+
+    def sweep(self, models: list[str]) -> dict[str, Any]:
+        """Expect a sweep's report."""
         self.call += 1
         report: Counter[str] = Counter()
         pause = None if self.swept_at is None else self.now - self.swept_at
@@ -410,16 +426,11 @@ class LedgerModel:
             self.grace_until = self.now + LEASE_SECONDS
         self.swept_at = self.now
 
-        run_out = {job.id for job in self.jobs.values() if job.lease_until is not None and job.lease_until <= self.now}
-        assert set(expired) == run_out
-        waiting = bool(run_out) and self.now < self.grace_until
+        waiting = bool(self.expired()) and self.now < self.grace_until
         if self.now >= self.grace_until:
-            for job_id in expired:
-                report[self._take_back(self.jobs[job_id])] += 1
-
-        assert set(due) == {job.id for job in self.jobs.values() if job.due_at is not None and job.due_at <= self.now}
-        for job_id in due:
-            job = self.jobs[job_id]
+            for job in self.expired():
+                report[self._take_back(job)] += 1
+        for job in self.due():
             job.due_at = None
             self.line_up(job)
             self.bells[job.model] += 1
@@ -428,8 +439,7 @@ class LedgerModel:
             if not self.bells[model] and any(self.lines.get((model, priority)) for priority in PRIORITIES):
                 self.bells[model] += 1
                 report["rung"] += 1
-        old = [batch for batch in self.batches.values() if batch.forget_at is not None and batch.forget_at <= self.now]
-        for batch in sorted(old, key=lambda batch: batch.forget_at or 0)[:FORGOTTEN_AT_ONCE]:
+        for batch in self.old()[:FORGOTTEN_AT_ONCE]:
             self._forget(batch)
             report["forgotten"] += 1
         names = ("requeued", "cancelled", "poisoned", "due", "rung", "forgotten")
@@ -674,19 +684,26 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def sweep(self, models: list[str]) -> None:
         """Sweep and check the report."""
-        prefix, now_ms = self.kit.prefix, self._redis_now_ms()
-        expired: Any = self.kit.client.zrangebyscore(f"{prefix}:leases", "-inf", now_ms)
-        due: Any = self.kit.client.zrangebyscore(f"{prefix}:delayed", "-inf", now_ms)
+        overdue = {"leases": self.model.expired(), "delayed": self.model.due(), "forget": self.model.old()}
+        for name, expected in overdue.items():
+            self.check_overdue(f"{self.kit.prefix}:{name}", [one.id for one in expected])
         report = self.kit.run(
             self.kit.api.sweep(models, lease_seconds=LEASE_SECONDS, interval_seconds=SWEEP_SECONDS),
         )
-        expected = self.model.sweep(models, expired, due)
-        assert vars(report) == expected
-        self.reached.update(f"sweep {name}" for name, count in expected.items() if count)
+        promised = self.model.sweep(models)
+        assert vars(report) == promised
+        self.reached.update(f"sweep {name}" for name, count in promised.items() if count)
 
-    def _redis_now_ms(self) -> int:
+    def check_overdue(self, key: str, expected: list[str]) -> None:
+        """Compare what is overdue, and let the sweep meet it in the model's order.
+
+        In Redis the order is that of milliseconds, and two calls may fall into one.
+        """
         seconds, micros = self.kit.client.time()
-        return int(seconds) * 1000 + int(micros) // 1000
+        overdue: Any = self.kit.client.zrangebyscore(key, "-inf", int(seconds) * 1000 + int(micros) // 1000)
+        assert set(overdue) == set(expected)
+        if expected:
+            self.kit.client.zadd(key, {member: place for place, member in enumerate(expected)}, xx=True)
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass in Redis and in the model."""

@@ -307,11 +307,11 @@ def test_what_is_no_text_is_refused_whole_or_escaped(ledger: Any) -> None:
 
     ledger.accept("b2", ["qwen"])
     job, worker = ledger.claim(["qwen"]), ledger.worker()
-    detail = "cannot read caf\udce9.jpg"
+    detail = "cannot read hall\udce9.jpg"
     assert worker.retry(job.id, 1, delay_seconds=0, counts=True, max_errors=9, code="x", detail=detail) == "ok"
     ledger.claim(["qwen"])
     assert worker.fail(job.id, 2, code="x", detail=detail, timings={}) == "ok"
-    assert ledger.job(job.id).error.detail == "cannot read caf\\udce9.jpg"
+    assert ledger.job(job.id).error.detail == "cannot read hall\\udce9.jpg"
 
 
 def test_parameters_keep_their_types_and_digits(ledger: Any) -> None:

@@ -10,8 +10,8 @@ import psutil
 from server.embedded import EmbeddedValkey
 from server.jobs import JobStatus
 
-# Some five seconds on an idle machine: time enough to do harm.
-LONG = {"num_inference_steps": 100, "height": 512, "width": 512}
+# Some three seconds on an idle machine: time enough to do harm.
+LONG = {"num_inference_steps": 100, "height": 384, "width": 384}
 
 
 def test_killed_workers_job_is_done_by_another(crew):
@@ -82,8 +82,9 @@ def test_second_signal_gives_the_jobs_back_at_once(crew):
     """After another signal the jobs are queued again, at no cost, and the process is gone before they were done."""
     crew.ensure(1)
     photo = crew.upload(crew.picture())
-    batch_id, *job_ids = crew.submit(*(crew.job(photo, params=LONG) for _ in range(2)))
-    crew.step(job_ids[0])
+    longer = {"num_inference_steps": 100, "height": 640, "width": 640}
+    batch_id, *job_ids = crew.submit(*(crew.job(photo, params=longer) for _ in range(2)))
+    crew.until("a first step", lambda: any(crew.read(job_id).step for job_id in job_ids))
     worker = crew.holder(job_ids[0])
 
     worker.send_signal(signal.SIGINT)
@@ -97,8 +98,9 @@ def test_second_signal_gives_the_jobs_back_at_once(crew):
         assert (job.status, job.error) == (JobStatus.QUEUED, None)
         costs = [crew.field(job_id, name) for name in ("errors", "deaths", "device_deaths", "suspect")]
         assert costs == ["0"] * 4
-    crew.ensure(1)
-    assert crew.finished(batch_id).counts["succeeded"] == 2
+    assert worker.tail(20).count("job.given_back") == 2
+    crew.wait(crew.api.cancel("ana", job_ids))
+    assert crew.finished(batch_id).counts["cancelled"] == 2
 
 
 def test_job_that_kills_its_workers_is_poisoned_and_the_others_are_done(crew):
@@ -149,6 +151,22 @@ def test_job_that_does_not_fit_fails_and_the_worker_goes_on(crew):
     assert f"model={crew.QWEN}" in next(line for line in log.splitlines() if "model.evicted" in line)
     next_batch, *_ = crew.submit(crew.job(photo, crew.QWEN), crew.job(photo))
     assert crew.finished(next_batch).counts["succeeded"] == 2
+
+
+def test_thread_that_dies_ends_the_process(crew):
+    """Half a worker would hold jobs for ever: what no code reckons with ends all of it, and its log says why."""
+    crew.ensure(1)
+    (worker,) = crew.alive()
+    turns = f"{crew.prefix}:turns:{crew.FLUX}:normal"
+    crew._client.set(turns, "not a sorted set")
+    try:
+        crew.until("the end of the worker", lambda: not worker.is_running)
+    finally:
+        crew._client.delete(turns)
+
+    assert worker.poll() == 4
+    assert "thread.died" in worker.tail(100)
+    assert "WRONGTYPE" in worker.tail(100)
 
 
 def test_redis_that_dies_in_mid_job_costs_time_only(new_workers, tmp_path):

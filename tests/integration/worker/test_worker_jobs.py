@@ -1,7 +1,6 @@
 """What one healthy worker makes of jobs: pictures, records, refusals, cancels."""
 
 import io
-import time
 from dataclasses import replace
 
 import pytest
@@ -9,7 +8,7 @@ from PIL import Image
 
 from server.jobs import JobStatus, OutputSpec, Priority
 
-LONG = {"num_inference_steps": 100, "height": 512, "width": 512}
+LONG = {"num_inference_steps": 100, "height": 384, "width": 384}
 
 
 def run_here(workers, job, data):
@@ -141,13 +140,11 @@ def test_cancelled_job_stops_before_its_next_steps(steady):
     seen = steady.step(job_id, 2)
 
     assert steady.wait(steady.api.cancel("ana", [job_id])) == ["requested"]
-    asked = time.monotonic()
     (job,) = steady.finished(batch_id).jobs
 
-    # A step takes some 50 ms, a whole run some 5 s.
-    assert time.monotonic() - asked < 3
     assert (job.status, job.error, job.output) == (JobStatus.CANCELLED, None, None)
-    assert seen.step <= job.step < job.total_steps
+    # Here only that it came soon: test_lane.py looks at every step.
+    assert seen.step <= job.step < seen.step + 40 < job.total_steps
     assert steady.outputs(job_id) == []
     assert steady.events(batch_id)[-2:] == ["job.cancelled", "batch.finished"]
 
