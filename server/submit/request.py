@@ -49,7 +49,9 @@ class OutputRequest(RequestModel):
     size: Literal["model", "input"] | None = Field(
         default=None, description="As the model made it (when left out), or scaled to the photo's own pixels."
     )
-    metadata: bool | None = Field(default=None, description="Reserved: whether the file shall hold the job's record. Nothing is written yet.")
+    metadata: bool | None = Field(
+        default=None, description="Reserved: whether the file shall hold the job's record. Nothing is written yet."
+    )
 
 
 class ItemSettings(RequestModel):
