@@ -9,12 +9,11 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from pipelines.errors import BadInput
-from pipelines.sizes import check_photo_size, size_of_area
+from pipelines.sizes import MAX_OUTPUT_SIDES, check_photo_size, size_of_area
 
 OutputFormat = Literal["webp", "png", "jpeg"]
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"webp": "image/webp", "png": "image/png", "jpeg": "image/jpeg"}
-MAX_OUTPUT_SIDES: dict[OutputFormat, int] = {"webp": 16383, "png": 2**31 - 1, "jpeg": 65500}
 
 # What Pillow's readers raise for damaged files.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, zlib.error)

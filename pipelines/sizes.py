@@ -18,6 +18,8 @@ MIN_AREA = 128 * 128
 # Of an explicit width or height.
 MIN_SIDE = 64
 MAX_SIDE = 2048
+# What the encoders of the output formats can hold, in pixels.
+MAX_OUTPUT_SIDES = {"webp": 16383, "png": 2**31 - 1, "jpeg": 65500}
 # The largest integer that every JSON reader keeps exactly.
 MAX_SEED = 2**53 - 1
 
@@ -108,6 +110,11 @@ class SizeParams(BaseModel):
             return None
         width, height = self.aspect_ratio.split(":")
         return int(width) / int(height)
+
+    @property
+    def uses_negative_prompt(self) -> bool:
+        """Whether a negative prompt changes anything with these parameters."""
+        return self.HAS_NEGATIVE_PROMPT
 
     def output_size(self, photo_height: int, photo_width: int, area: int) -> tuple[int, int]:
         """Decide the size of the output.

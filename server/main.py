@@ -45,6 +45,8 @@ from server.submit.resolve import Resolver
 from server.sweeper import Sweeper
 
 _SHUTDOWN_TIMEOUT_SECONDS = 3
+# A client that submits waits for the store; most give up on a call after half a minute.
+LONGEST_LOOK_SECONDS = 10.0
 _log = structlog.stdlib.get_logger()
 
 
@@ -147,7 +149,12 @@ async def _open_services(
     ledger = ApiLedger(connect(settings.redis), key_prefix=settings.redis.key_prefix)
     store = Store(settings.store)
     threads = anyio.CapacityLimiter(settings.store.pool_size)
-    look = PhotoLook(store, settings.limits, threads=threads, timeout_seconds=settings.store.read_timeout_seconds)
+    look = PhotoLook(
+        store,
+        settings.limits,
+        threads=threads,
+        timeout_seconds=min(settings.store.read_timeout_seconds, LONGEST_LOOK_SECONDS),
+    )
     resolver = Resolver(
         registry,
         prompts,

@@ -25,12 +25,10 @@ def queue_name(key_prefix: str, model_id: str) -> str:
 def create_broker(client: redis.Redis) -> RedisBroker:
     """Return a broker on `client`, which must not decode responses.
 
-    Every command does the upkeep of dead workers' bells: it is one look at a sorted set, and left to chance
-    (Dramatiq's default) a dead worker's message waits for minutes.
+    A dead worker's bells may lie until Dramatiq's upkeep finds them, which it leaves to chance: the sweep has long rung
+    again, and upkeep looks through every key of the database.
     """
-    return RedisBroker(
-        client=client, namespace=DRAMATIQ_NAMESPACE, heartbeat_timeout=30_000, maintenance_chance=1_000_000
-    )
+    return RedisBroker(client=client, namespace=DRAMATIQ_NAMESPACE, heartbeat_timeout=30_000)
 
 
 def declare_ring(broker: RedisBroker, on_ring: Callable[[str], None], queue: str) -> None:

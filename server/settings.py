@@ -19,6 +19,8 @@ RENAMED_SETTINGS: Final[Mapping[str, str]] = MappingProxyType({})
 
 _TEN_YEARS_SECONDS = 10 * 365 * 24 * 3600
 _DAY_SECONDS = 24 * 3600
+# A pause of three intervals between sweeps looks like an outage of Redis; at its begin a lease has two thirds left.
+_SWEEPS_PER_LEASE = 4.5
 
 
 def _check_redis_url(url: str) -> str:
@@ -144,7 +146,7 @@ class WorkerSettings(Section):
     job_timeout_seconds: Seconds = 600.0
     load_timeout_seconds: Seconds = 900.0
     step_grace_seconds: Seconds = 60.0
-    max_held_jobs: int = Field(default=3, ge=1, le=64)
+    max_held_jobs: int = Field(default=2, ge=1, le=64)
     stage_threads: int = Field(default=4, ge=1, le=64)
     max_resident_models: int = Field(default=1, ge=1, le=64)
     torch_threads: int | None = Field(default=None, ge=1, le=1024)
@@ -265,6 +267,13 @@ def _find_contradictions(values: Mapping[str, Mapping[str, Any]]) -> list[tuple[
     if mode == "none" and host is not None and not is_loopback(host):
         detail = "opens the server to anyone who reaches it while auth.mode is none; needs a loopback address, or keys"
         problems.append(("server", "host", detail))
+    lease, interval = values["worker"].get("lease_seconds"), values["sweep"].get("interval_seconds")
+    if lease is not None and interval is not None and lease < _SWEEPS_PER_LEASE * interval:
+        detail = (
+            f"needs at least {_SWEEPS_PER_LEASE} x sweep.interval_seconds ({interval}): "
+            "else a short outage of Redis takes jobs from living workers"
+        )
+        problems.append(("worker", "lease_seconds", detail))
     for section, longer, other_section, shorter, why in (
         ("limits", "unused_upload_ttl_seconds", "limits", "form_ttl_seconds", "an upload must outlive its form"),
         ("retention", "records_seconds", "retention", "inputs_seconds", "a photo without a record is never removed"),

@@ -24,3 +24,8 @@ class Params(SizeParams):
         description="How strongly the prompt steers; above 1 each step runs the model twice, at 1 once and without a "
         "negative prompt.",
     )
+
+    @property
+    def uses_negative_prompt(self) -> bool:
+        """Whether guidance is on: without it the model never sees the negative prompt."""
+        return self.true_cfg_scale > 1

@@ -49,7 +49,7 @@ def build_call(pipe: Any, photos: list[Image.Image], request: RunRequest) -> Pip
     if params["true_cfg_scale"] > 1:
         # Without a negative prompt the pipeline would leave guidance out, with no more than a warning.
         kwargs["negative_prompt"] = request.negative_prompt or " "
-    elif request.negative_prompt:
+    elif request.negative_prompt:  # refused at submission already
         raise BadInput("a negative prompt has no effect unless true_cfg_scale is above 1: raise it, or leave it out")
     _refuse_control_tokens(pipe, request)
     return PipelineCall(kwargs, partial(_reference_area, request.area))

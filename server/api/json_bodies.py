@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from inspect import isclass
+from itertools import islice
 from typing import Any, NoReturn, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -44,7 +45,7 @@ def parse_json(body: bytes) -> Any:
         raise MalformedBody(f"the body is not JSON: {error.msg} (line {error.lineno}, column {error.colno})") from error
     except RecursionError as error:
         raise _too_deep() from error
-    if mistakes := list(_find_forbidden_texts(value, ())):
+    if mistakes := list(islice(_find_forbidden_texts(value, ()), _MAX_REPORTED_ERRORS)):
         raise InvalidRequest("the body holds texts that cannot be used; see errors", tuple(mistakes))
     return value
 

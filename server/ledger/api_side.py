@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import redis
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
@@ -34,6 +34,7 @@ SubmitKind = Literal["accepted", "replayed", "conflict", "missing_upload", "full
 CancelAnswer = Literal["cancelled", "requested", "finished", "unknown"]
 POISON_AFTER_DEVICE_DEATHS = 3
 _SWEEP_LIMIT = 100
+_MAX_CONNECTIONS = 64
 _SCRIPTS = ("submit", "read_batch", "read_job", "cancel", "reopen", "sweep")
 
 
@@ -88,10 +89,12 @@ def connect(settings: RedisSettings) -> Redis:
     """Return a client that answers or fails within about two timeouts; it connects at its first call.
 
     A broken connection is made anew once. A timeout is not tried again: redis-py would do so for connecting and for the
-    call, four times in all, while the client of the API waits.
+    call, four times in all, while the client of the API waits. More calls than there are connections wait their turn.
     """
-    return Redis.from_url(  # pyright: ignore[reportUnknownMemberType] (redis types no **kwargs)
+    pool = BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType] (redis types no **kwargs)
         settings.url,
+        max_connections=_MAX_CONNECTIONS,
+        timeout=settings.timeout_seconds,
         password=settings.password.get_secret_value() if settings.password else None,
         decode_responses=True,
         socket_timeout=settings.timeout_seconds,
@@ -99,6 +102,7 @@ def connect(settings: RedisSettings) -> Redis:
         health_check_interval=15,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 1, supported_errors=(redis.ConnectionError,)),
     )
+    return Redis.from_pool(pool)
 
 
 class ApiLedger:
@@ -130,8 +134,12 @@ class ApiLedger:
             ConfigError: the ledger has another schema version.
         """
         async with ledger_errors():
-            await self._client.set(f"{self._prefix}:schema", SCHEMA_VERSION, nx=True)
             found = await self._client.get(f"{self._prefix}:schema")
+            if (
+                found is None
+            ):  # a full Redis refuses even a SET that would change nothing, and must be read all the same
+                await self._client.set(f"{self._prefix}:schema", SCHEMA_VERSION, nx=True)
+                found = await self._client.get(f"{self._prefix}:schema")
         if found != SCHEMA_VERSION:
             raise ConfigError(
                 [f"redis: the ledger under '{self._prefix}' has schema {found}; this version reads {SCHEMA_VERSION}"]

@@ -79,11 +79,14 @@ class PhotoLook:
             StoreUnavailable: the store does not answer in time.
         """
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                found = await asyncio.gather(*(self._look_at(record) for record in records.values()))
+            # A group: when the store fails one look, the others do not go on taking its threads.
+            async with asyncio.timeout(self._timeout_seconds), asyncio.TaskGroup() as group:
+                looks = [group.create_task(self._look_at(record)) for record in records.values()]
         except TimeoutError as error:
             raise StoreUnavailable(f"the store did not answer within {self._timeout_seconds:g} s") from error
-        return dict(zip(records, found, strict=True))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return {upload_id: look.result() for upload_id, look in zip(records, looks, strict=True)}
 
     async def _look_at(self, record: UploadRecord | None) -> JobInput | RequestError:
         if record is None:

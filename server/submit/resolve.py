@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipelines.errors import BadInput
-from pipelines.sizes import SizeParams, check_photo_size
+from pipelines.sizes import MAX_OUTPUT_SIDES, SizeParams, check_photo_size
 from server.errors import RequestError
 from server.jobs import Job, JobInput, OutputSpec, Priority
 from server.model_entry import ModelEntry
@@ -73,9 +73,15 @@ class Draft:
             priority: of the batch.
 
         Raises:
-            UnusableShape: a photo is too narrow for the model.
+            UnusableShape: a photo is too narrow for the model, or too long for the format it shall be written in.
         """
         first = inputs[0]
+        longest = MAX_OUTPUT_SIDES[self.output_spec.format]
+        if self.output_spec.size == "input" and max(first.height, first.width) > longest:
+            raise UnusableShape(
+                f"{self.output_spec.format} holds at most {longest} pixels a side, and the photo has "
+                f"{first.width} x {first.height}; ask for png, or for the model's own size"
+            )
         try:
             for photo in inputs:
                 check_photo_size(photo.height, photo.width)
@@ -121,13 +127,14 @@ class Resolver:
             raise TooManyPhotos(
                 f"model {entry.id} reads at most {entry.max_input_images} photo(s) at once, not {len(item.sources)}"
             )
+        params = entry.resolve_params(settings.params or {})
         return Draft(
             index=index,
             upload_ids=tuple(item.sources),
             entry=entry,
-            params=entry.resolve_params(settings.params or {}),
+            params=params,
             prompt=self._prompt(settings),
-            negative_prompt=self._negative_prompt(settings, entry),
+            negative_prompt=self._negative_prompt(settings, entry, params),
             output_spec=output_spec(settings.output),
             name=item.name,
             metadata=item.metadata,
@@ -146,13 +153,17 @@ class Resolver:
             raise InvalidPrompt("prompt is empty; leave it out to take the one of room_type and style")
         return settings.prompt
 
-    def _negative_prompt(self, settings: ItemSettings, entry: ModelEntry) -> str | None:
+    def _negative_prompt(self, settings: ItemSettings, entry: ModelEntry, params: SizeParams) -> str | None:
         if settings.negative_prompt is None:
             return None
         self._check_length("negative_prompt", settings.negative_prompt)
         if not entry.has_negative_prompt:
             raise NegativePromptNotSupported(
                 f"model {entry.id} has no negative prompt; leave it out, or set it to null where `defaults` has one"
+            )
+        if settings.negative_prompt and not params.uses_negative_prompt:
+            raise NegativePromptNotSupported(
+                "a negative prompt has no effect while true_cfg_scale is 1; raise it, or leave the negative prompt out"
             )
         return settings.negative_prompt
 

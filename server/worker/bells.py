@@ -10,8 +10,9 @@ from server.ledger.worker_side import connect
 from server.queue import create_broker, declare_ring, queue_name
 from server.settings import RedisSettings
 
-# How long a queue may be asleep: the upper bound of what a bell waits.
-POLL_MILLISECONDS = 50
+# How long a queue may be asleep: the upper bound of what a bell waits. Each look writes a heartbeat, which Redis puts
+# on disk, so looking much more often would cost an idle server more than it gains.
+POLL_MILLISECONDS = 200
 STOP_MILLISECONDS = 5000
 
 

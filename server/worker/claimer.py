@@ -71,7 +71,6 @@ class Claimer:
                 self._outage.note(error)
                 pause_seconds = min(2 * pause_seconds, LONGEST_DELAY_SECONDS)
             else:
-                self._outage.over()
                 pause_seconds = self._settings.poll_seconds
             self._awake.wait(pause_seconds)
             self._awake.clear()
@@ -79,6 +78,7 @@ class Claimer:
     def _fill_hand(self) -> None:
         while self._may_claim():
             answer = self._ledger.claim(self._models_to_claim(), num_held=len(self._hand))
+            self._outage.over()
             # The next job is suspected of killing workers: it is claimed with an empty hand, and has it to itself.
             self._must_be_alone = isinstance(answer, Alone)
             if not isinstance(answer, Job):

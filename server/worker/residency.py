@@ -75,6 +75,9 @@ class Residency:
                 check_weights(spec)
             except WeightsError as error:
                 self._refuse(model, error)
+            except OSError as error:
+                # Files of another user, a disk that is gone: as good as missing, and no reason to serve nothing.
+                self._refuse(model, WeightsError(f"{model}: {spec.weights_dir} cannot be read: {error}"))
 
     def preload(self) -> None:
         """Load models until memory is full; one that cannot be loaded leaves its place to the next."""
@@ -91,24 +94,28 @@ class Residency:
             ModelUnavailable: it cannot be loaded.
         """
         if model not in self._loaded and model in self.usable:
-            while len(self._loaded) >= self._capacity:
-                self._evict(min(self._loaded, key=self._loaded_at.__getitem__))
+            self._make_place()
             self._load(model)
         if model not in self._loaded:
             raise ModelUnavailable(self._reasons[model])
         return self._loaded[model]
 
     def swap(self, swap: Swap) -> None:
-        """Do what placement decided."""
+        """Do what placement decided, within the capacity: since the decision other models may have been loaded."""
         if swap.evict in self._loaded:
             self._evict(swap.evict)
         if swap.load not in self._loaded:
+            self._make_place()
             self._load(swap.load)
 
     def evict_others(self, model: str | None) -> None:
         """Put all models but `model` out of memory."""
         for other in [one for one in self._loaded if one != model]:
             self._evict(other)
+
+    def _make_place(self) -> None:
+        while len(self._loaded) >= self._capacity:
+            self._evict(min(self._loaded, key=self._loaded_at.__getitem__))
 
     def _load(self, model: str) -> None:
         error = failure_of(lambda: self._read(model))

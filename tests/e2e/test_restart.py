@@ -13,8 +13,8 @@ import httpx
 import psutil
 from PIL import Image
 
-LEASE_SECONDS = 3.0  # config/test.yaml
-SWEEP_SECONDS = 2.0  # config/base.yaml
+LEASE_SECONDS = 3.0  # both are config/test.yaml's
+SWEEP_SECONDS = 0.5
 
 
 def photo(index: int) -> bytes:

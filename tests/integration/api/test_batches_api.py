@@ -291,3 +291,15 @@ def test_the_stored_object_is_pinned_by_its_etag(api):
     stored = httpx.Response(200, text=api.redis.hget(f"restage:job:{job['id']}", "inputs")).json()
     assert stored[0]["etag"] == api.store.read_start(upload_id, 16).etag
     assert (stored[0]["size_bytes"], stored[0]["content_type"]) == (len(photo), "image/png")
+
+
+def test_what_could_only_fail_later_is_refused_at_once(api):
+    """A negative prompt that guidance would not use, and a photo too long for its format, never reach a GPU."""
+    wide, small = api.upload(picture(size=(17000, 400)), picture())
+    response = api.submit(
+        {"upload_id": small, "model": QWEN, "negative_prompt": "people", "params": {"true_cfg_scale": 1.0}},
+        {"upload_id": wide, "model": QWEN, "output": {"size": "input"}},
+        {"upload_id": wide, "model": QWEN, "output": {"size": "input", "format": "png"}},
+    )
+    assert response.status_code == 207
+    assert codes(response) == {0: "negative_prompt_not_supported", 1: "unusable_shape"}

@@ -108,7 +108,7 @@ def test_ids_that_are_none_answer_404(api, batch, method, path, unknown):
 
 def test_reading_a_batch_costs_one_command(open_api):
     """However many jobs a batch has, reading it asks Redis once and the store never."""
-    with open_api(RESTAGE__SWEEP__INTERVAL_SECONDS="1000") as api:
+    with open_api(RESTAGE__SWEEP__INTERVAL_SECONDS="1000", RESTAGE__WORKER__LEASE_SECONDS="5000") as api:
         [upload_id] = api.upload(picture())
         batch = api.accept(*[{"upload_id": upload_id}] * 50)
         api.run_next()

@@ -346,3 +346,31 @@ def test_the_clients_wait_no_longer_than_told(ledger: Any) -> None:
         options = client.connection_pool.connection_kwargs
         assert (options["socket_timeout"], options["socket_connect_timeout"]) == (1.5, 1.5)
         assert options["password"] == "hunter2"  # noqa: S105
+
+
+def test_a_full_redis_can_still_be_opened(ledger: Any, full_redis: Any) -> None:
+    """An API that starts while memory is full reads the schema and goes on: its sweep is what frees memory."""
+    ledger.run(ledger.api.check_schema())
+    full_redis()
+    ledger.run(ledger.api.check_schema())
+
+
+def test_more_calls_than_connections_wait_their_turn(ledger: Any) -> None:
+    """Three hundred calls at once are all answered; none is told that Redis does not serve."""
+
+    async def read_all() -> list[Any]:
+        api = api_side.ApiLedger(api_side.connect(settings_of(ledger.url)), key_prefix=ledger.prefix)
+        try:
+            return await asyncio.gather(*(api.read_batch("nobody") for _ in range(300)))
+        finally:
+            await api.close()
+
+    assert ledger.run(read_all()) == [None] * 300
+
+
+def test_bells_do_not_pile_up(ledger: Any) -> None:
+    """Where no worker listens, a hundred bells wait for a model at most, however many jobs are submitted."""
+    for number in range(4):
+        ledger.accept(f"b{number}", ["qwen"] * 40)
+    assert ledger.client.llen(f"dramatiq:{ledger.prefix}.qwen") == 100
+    assert ledger.client.hlen(f"dramatiq:{ledger.prefix}.qwen.msgs") == 100

@@ -4,12 +4,14 @@ import queue
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from server.jobs import Job, Priority
 from server.ledger.worker_side import WorkerLedger, connect
+from server.worker.placement import Swap
 
 
 class LaneKit:
@@ -214,3 +216,28 @@ def test_swap_waits_for_the_end_of_a_run(workers, running_lane):
         kit.next_end()
         assert in_hand.step == 30
         workers.until("the swap", lambda: list(kit.residency.resident) == [workers.FLUX])
+
+
+def test_swap_keeps_to_the_capacity(workers):
+    """A swap that was decided while memory was still empty puts out what has been loaded since."""
+    kit = LaneKit(workers, max_resident_models=1)
+    qwen, flux = "tiny-qwen-image-edit-2511", "tiny-flux-kontext"
+    kit.residency.require(qwen)
+    kit.residency.swap(Swap(load=flux))
+    assert set(kit.residency.resident) == {flux}
+
+
+def test_weights_that_cannot_be_read_are_reported(workers, tmp_path):
+    """A folder that the system does not let us read costs its own model only."""
+    from server.worker.residency import Residency
+
+    kit = LaneKit(workers)
+    specs = dict(kit.residency._specs)
+    broken = tmp_path / "broken"
+    (broken / "model_index.json").mkdir(parents=True)  # even root cannot read it as a file
+    specs["tiny-flux-kontext"] = replace(specs["tiny-flux-kontext"], weights_dir=broken)
+    residency = Residency(specs, device="cpu", capacity=2, load_timeout_seconds=60, on_change=lambda: None)
+    residency.check_all()
+    assert "tiny-flux-kontext" not in residency.usable
+    assert "tiny-qwen-image-edit-2511" in residency.usable
+    assert str(broken) in residency.statuses()["tiny-flux-kontext"].reason
