@@ -3,17 +3,22 @@
 import io
 import struct
 import zlib
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.errors import BadInput
+from pipelines.provenance import write_packet
 from pipelines.sizes import MAX_OUTPUT_SIDES, check_photo_size, size_of_area
 
 OutputFormat = Literal["webp", "png", "jpeg"]
 
 CONTENT_TYPES: dict[OutputFormat, str] = {"webp": "image/webp", "png": "image/png", "jpeg": "image/jpeg"}
+# XMP must fit into one segment of a JPEG, behind the segment's name; the other formats hold more than there ever is.
+MAX_XMP_BYTES: dict[OutputFormat, int] = {"jpeg": 65502}
 
 # What Pillow's readers raise for damaged files.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, zlib.error)
@@ -114,13 +119,16 @@ def fit_area(image: Image.Image, area: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def encode_photo(image: Image.Image, image_format: OutputFormat, quality: int = 80) -> bytes:
+def encode_photo(
+    image: Image.Image, image_format: OutputFormat, quality: int = 80, record: Mapping[str, Any] | None = None
+) -> bytes:
     """Encode an output.
 
     Args:
-        image: RGB, 8 bit.
+        image: RGB, 8 bit; what else it carries, such as EXIF data or a colour profile, is not written.
         image_format: a key of `CONTENT_TYPES`.
         quality: 1 to 100; PNG loses nothing and has none.
+        record: written into the file as `pipelines.provenance.write_packet` says; None: the file holds pixels alone.
 
     Raises:
         BadInput: the format cannot hold a side that long.
@@ -128,7 +136,20 @@ def encode_photo(image: Image.Image, image_format: OutputFormat, quality: int = 
     limit = MAX_OUTPUT_SIDES[image_format]
     if max(image.size) > limit:
         raise BadInput(f"{image_format} holds at most {limit} pixels a side, not {max(image.size)}: ask for png")
+    # Named one by one, since for what is not named Pillow takes what the image carries.
+    options: dict[str, Any] = {"icc_profile": None, "exif": b"", "comment": b"", "transparency": None}
+    if image_format != "png":
+        options["quality"] = quality
+    if record is not None:
+        options |= _xmp_options(write_packet(record, MAX_XMP_BYTES.get(image_format)), image_format)
     content = io.BytesIO()
-    options = {} if image_format == "png" else {"quality": quality}
     image.save(content, image_format, **options)
     return content.getvalue()
+
+
+def _xmp_options(packet: bytes, image_format: OutputFormat) -> dict[str, Any]:
+    if image_format != "png":
+        return {"xmp": packet}
+    chunks = PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", packet)
+    return {"pnginfo": chunks}

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageChops
+from PIL.PngImagePlugin import PngInfo
 
 from pipelines.errors import BadInput
 from pipelines.photos import CONTENT_TYPES, decode_photo, encode_photo, fit_area
@@ -232,6 +233,90 @@ def test_decoded_photo_carries_nothing_else():
         assert b"profile" not in encode_photo(decoded, image_format)
 
 
+GPS = ("2024:05:17", "GPSMAP 66", "a phone", "Photographer", "N48", "a profile", "a comment")
+
+
+def photo_that_says_where(image_format):
+    """A photo as a phone writes it: place, date and owner in EXIF and in XMP, a colour profile, a comment."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "a phone"
+    exif[ExifTags.Base.Artist] = "Photographer"
+    place = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    place[ExifTags.GPS.GPSLatitudeRef] = "N"
+    place[ExifTags.GPS.GPSLatitude] = (48.0, 8.0, 13.5)
+    place[ExifTags.GPS.GPSDateStamp] = "2024:05:17"
+    place[ExifTags.GPS.GPSAreaInformation] = b"ASCII\0\0\0GPSMAP 66"
+    xmp = b"<x:xmpmeta xmlns:x='adobe:ns:meta/' GPSLatitude='N48'/>"
+    options = {"xmp": xmp, "comment": b"a comment"}
+    if image_format == "PNG":
+        chunks = PngInfo()
+        chunks.add_itxt("XML:com.adobe.xmp", xmp)
+        chunks.add_text("Comment", "a comment")
+        options = {"pnginfo": chunks}
+    return save(draw_photo(), image_format, exif=exif, icc_profile=b"a profile", **options)
+
+
+@pytest.mark.parametrize("record", [None, {"job_id": "7"}], ids=["without a record", "with a record"])
+@pytest.mark.parametrize("uploaded_as", ["JPEG", "PNG", "WEBP"])
+def test_where_a_photo_was_taken_does_not_reach_an_output(uploaded_as, record):
+    """Nothing that the photo's file says of place, date, camera and owner stands in an output of any format."""
+    data = photo_that_says_where(uploaded_as)
+    with Image.open(io.BytesIO(data)) as uploaded:
+        assert uploaded.getexif().get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (48.0, 8.0, 13.5)
+    words = [word.encode() for word in GPS]
+    assert sum(word in data for word in words) >= 5  # a PNG compresses its profile, a WEBP has no comment
+    decoded = decode(data)
+    for image_format in CONTENT_TYPES:
+        output = encode_photo(decoded, image_format, record=record)
+        assert not [word for word in words if word in output]
+        with Image.open(io.BytesIO(output)) as image:
+            assert dict(image.getexif()) == {}
+            assert "exif" not in image.info
+
+
+def parts_of(data, image_format):
+    """Name the parts of a file: segments of a JPEG up to its pixels, chunks of a PNG or WEBP."""
+    names, at = set(), {"jpeg": 2, "png": 8, "webp": 12}[image_format]
+    while at < len(data) and "ffda" not in names:
+        if image_format == "jpeg":
+            name, length = struct.unpack(">2sH", data[at : at + 4])
+            name, size = name.hex(), length + 2
+        elif image_format == "png":
+            length, name = struct.unpack(">I4s", data[at : at + 8])
+            name, size = name.decode(), length + 12
+        else:
+            name, length = struct.unpack("<4sI", data[at : at + 8])
+            name, size = name.decode(), length + length % 2 + 8
+        names.add(name)
+        at += size
+    return names
+
+
+@pytest.mark.parametrize(
+    ("image_format", "pixels_alone", "xmp"),
+    [
+        ("jpeg", {"ffe0", "ffdb", "ffc0", "ffc4", "ffda"}, {"ffe1"}),
+        ("png", {"IHDR", "IDAT", "IEND"}, {"iTXt"}),
+        ("webp", {"VP8 "}, {"VP8X", "XMP "}),
+    ],
+)
+def test_file_without_a_record_holds_pixels_alone(image_format, pixels_alone, xmp):
+    """Without a record a file has the parts that its pixels need, whatever the image carries; a record adds XMP."""
+    image = draw_photo()
+    image.info = {
+        "exif": b"Exif",
+        "icc_profile": b"p",
+        "xmp": b"x",
+        "comment": b"c",
+        "transparency": RED,
+        "dpi": (9, 9),
+    }
+    plain = encode_photo(image, image_format)
+    assert parts_of(plain, image_format) == pixels_alone
+    assert plain == encode_photo(draw_photo(), image_format)
+    assert parts_of(encode_photo(image, image_format, record={}), image_format) == pixels_alone | xmp
+
+
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
 def test_animation_is_refused(image_format):
     """An animated PNG or WEBP is no photo."""
@@ -340,10 +425,16 @@ def test_quality_changes_the_size(image_format):
     assert len(encode_photo(noise, image_format, 30)) < len(encode_photo(noise, image_format, 90))
 
 
+def test_png_has_no_quality():
+    """PNG loses nothing, so the quality that an item inherits from the batch changes no byte."""
+    assert encode_photo(draw_photo(), "png", 1) == encode_photo(draw_photo(), "png", 100)
+
+
 @pytest.mark.parametrize(("image_format", "limit"), [("webp", 16383), ("jpeg", 65500)])
 def test_side_that_a_format_cannot_hold_is_refused(image_format, limit):
     """A side at the format's limit is encoded; one pixel more is refused and PNG is named as the way out."""
-    assert encode_photo(Image.new("RGB", (limit, 1)), image_format)
+    longest = encode_photo(Image.new("RGB", (limit, 1)), image_format, record={"job_id": "7"})
+    assert decode(longest).size == (limit, 1)
     with pytest.raises(BadInput, match=f"at most {limit} pixels a side.*png"):
         encode_photo(Image.new("RGB", (limit + 1, 1)), image_format)
     assert encode_photo(Image.new("RGB", (limit + 1, 1)), "png")
