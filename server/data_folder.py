@@ -9,6 +9,8 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.webhook_secret import new_webhook_secret
+
 _MAX_LOG_BYTES = 10_000_000
 
 
@@ -27,8 +29,8 @@ class StoreKeys:
 class DataFolder:
     """One folder, used by one `restage up` at a time.
 
-    It has `valkey/` and `store/` (their data), `logs/` (one file for each process), `store-keys.json` (only for its
-    owner's eyes), `ports.json` and `lock`.
+    It has `valkey/` and `store/` (their data), `logs/` (one file for each process), `store-keys.json` and
+    `webhook-secret` (only for their owner's eyes), `ports.json` and `lock`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,13 +73,15 @@ class DataFolder:
             return StoreKeys(**json.loads(path.read_text()))
         except FileNotFoundError:
             keys = StoreKeys(f"restage{secrets.token_hex(8)}", secrets.token_urlsafe(32))
-        # Written aside first, so that a crash leaves no half of it, and never readable by others.
-        written = path.with_suffix(".new")
-        written.unlink(missing_ok=True)
-        with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123 (mode)
-            json.dump({"access_key": keys.access_key, "secret_key": keys.secret_key}, file)
-        written.replace(path)
+        _write_secret(path, json.dumps({"access_key": keys.access_key, "secret_key": keys.secret_key}))
         return keys
+
+    def webhook_secret_file(self) -> Path:
+        """Give the file with the secret that signs webhooks; it is drawn when it is first asked for."""
+        path = self.path / "webhook-secret"
+        if not path.exists():
+            _write_secret(path, f"{new_webhook_secret()}\n")
+        return path
 
     def read_ports(self) -> dict[str, list[int]]:
         """Ports of the last start by process name; empty on the first."""
@@ -89,3 +93,12 @@ class DataFolder:
     def write_ports(self, ports: dict[str, list[int]]) -> None:
         """Keep the ports for the next start."""
         (self.path / "ports.json").write_text(json.dumps(ports))
+
+
+def _write_secret(path: Path, text: str) -> None:
+    # Written aside first, so that a crash leaves no half of it, and never readable by others.
+    written = path.with_suffix(".new")
+    written.unlink(missing_ok=True)
+    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # noqa: PTH123 (mode)
+        file.write(text)
+    written.replace(path)

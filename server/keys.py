@@ -1,4 +1,4 @@
-"""API keys: who calls, kept in a file of hashes that is read again whenever it changes."""
+"""API keys: who calls, kept as hashes in a file that is read again whenever it changes."""
 
 import fcntl
 import hashlib
@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import ConfigError, DependencyError, InvalidRequest, NotFound, Unauthorized
+from server.webhook_secret import check_webhook_secret, new_webhook_secret
 
 Role = Literal["user", "admin"]
 Priority = Literal["low", "normal", "high"]
@@ -48,13 +49,27 @@ class Principal:
     key_id: str
     max_priority: Priority = "high"
 
+    @property
+    def reach(self) -> str:
+        """Whose jobs and batches the caller may read and change: an owner's, or "" for everybody's."""
+        return "" if self.role == "admin" else self.owner
+
+    def may_see(self, owner: str) -> bool:
+        """Whether what belongs to `owner` may be shown to the caller."""
+        return self.reach in {"", owner}
+
 
 # Who calls where `auth.mode` is `none`.
 LOCAL_PRINCIPAL: Final = Principal("local", "admin", "none")
 
 
 class KeyRecord(BaseModel):
-    """One line of the file; the secret itself is nowhere kept."""
+    """One line of the file; the key's own secret is nowhere kept.
+
+    Attributes:
+        webhook_secrets: what the webhooks of this key are signed with, the newest first; two while it is rotated. They
+            are kept as they are, since signing needs them. None in a line of before there were webhooks.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +79,9 @@ class KeyRecord(BaseModel):
     max_priority: Priority
     created_at: datetime
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
+    webhook_secrets: tuple[Annotated[str, AfterValidator(check_webhook_secret)], ...] = Field(
+        default=(), max_length=2, repr=False
+    )
 
 
 @dataclass(frozen=True)
@@ -105,12 +123,21 @@ class KeyStore:
             raise Unauthorized("this key is not valid; the header Authorization holds: Bearer <key>")
         return Principal(record.owner, record.role, record.id, record.max_priority)
 
+    def webhook_secrets(self, key_id: str) -> tuple[str, ...]:
+        """Give what the webhooks of a key are signed with, the newest first; none where the key was revoked.
+
+        Raises:
+            KeysUnavailable: the file exists but cannot be read.
+        """
+        record = self._read().records.get(key_id)
+        return () if record is None else record.webhook_secrets
+
     def add(self, owner: str, role: Role, *, max_priority: Priority = "high") -> str:
-        """Make a key.
+        """Make a key, with a secret for its webhooks.
 
         Args:
             owner: 1 to 64 letters, digits, dots, hyphens, underscores or @; several keys may have the same.
-            role: `admin` is for the calls of an operator. There are none yet: both roles see their own work only.
+            role: `admin` is for an operator, who may read, cancel, retry and delete everybody's work.
             max_priority: the highest priority that jobs of this key may have.
 
         Returns:
@@ -134,6 +161,7 @@ class KeyStore:
                     max_priority=max_priority,
                     created_at=datetime.now(UTC),
                     sha256=_digest(secret).hex(),
+                    webhook_secrets=(new_webhook_secret(),),
                 )
             except ValidationError as error:
                 wrong = ", ".join(str(details["loc"][0]) for details in error.errors())
@@ -153,9 +181,29 @@ class KeyStore:
         """
         with self._locked():
             records = self._read_all()
-            if key_id not in records:
-                raise NotFound(f"there is no key {key_id!r}; there are {', '.join(records) or 'none'}")
+            _find(records, key_id)
             self._write({known: record for known, record in records.items() if known != key_id})
+
+    def rotate_webhook(self, key_id: str) -> str | None:
+        """Take a step towards another secret for a key's webhooks.
+
+        Where one secret signs, or none, a new one is added, and both sign; where two do, the older one is dropped.
+
+        Returns:
+            The new secret; None where the older one was dropped.
+
+        Raises:
+            NotFound: there is no such key.
+            ConfigError: the file is damaged or cannot be written.
+        """
+        with self._locked():
+            records = self._read_all()
+            record = _find(records, key_id)
+            old = record.webhook_secrets
+            new = None if len(old) == 2 else new_webhook_secret()
+            kept = old[:1] if new is None else (new, *old)
+            self._write({**records, key_id: record.model_copy(update={"webhook_secrets": kept})})
+        return new
 
     def list(self) -> list[KeyRecord]:
         """List all keys, the oldest first.
@@ -240,6 +288,12 @@ def _parse(path: Path, signature: tuple[int, int, int] | None) -> _FileState:
             problems.append(f"{path}:{number}: the id {record.id} is given twice")
         records.setdefault(record.id, record)
     return _FileState(signature, records, tuple(problems))
+
+
+def _find(records: dict[str, KeyRecord], key_id: str) -> KeyRecord:
+    if key_id not in records:
+        raise NotFound(f"there is no key {key_id!r}; there are {', '.join(records) or 'none'}")
+    return records[key_id]
 
 
 def _take_apart(key: str) -> tuple[str, str]:

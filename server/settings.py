@@ -12,6 +12,8 @@ from urllib.parse import parse_qs, urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr
 
 from server.config.layers import find_config_dir, load_layers
+from server.hosts import normalise_host
+from server.webhook_secret import check_webhook_secret
 
 # Old dotted name → new one. An old name goes on working, with a warning that says the new one, until its line is
 # taken out here.
@@ -52,6 +54,12 @@ def _check_bucket(name: str) -> str:
     return name
 
 
+def _check_origin(origin: str) -> str:
+    if not re.fullmatch(r"\*|https?://(\*\.)?([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]{1,5})?/?", origin):
+        raise ValueError("needs an origin such as https://app.example.com, without a path, or *")
+    return origin.lower().rstrip("/")  # as browsers write it
+
+
 def _check_device(device: str) -> str:
     if not re.fullmatch(r"cpu|cuda:[0-9]{1,2}", device):
         raise ValueError("needs cpu, or cuda and a number such as cuda:0")
@@ -62,6 +70,19 @@ def _check_host(host: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._:-]+", host):
         raise ValueError("needs a host name or an address such as 127.0.0.1, without scheme or port")
     return host
+
+
+def _check_allowed_host(host: str) -> str:
+    try:
+        normalise_host(host)
+    except ValueError as error:
+        raise ValueError("needs names of hosts or addresses, without scheme or port") from error
+    return host
+
+
+def _check_webhook_secret(secret: SecretStr) -> SecretStr:
+    check_webhook_secret(secret.get_secret_value())
+    return secret
 
 
 def _check_key_prefix(prefix: str) -> str:
@@ -76,7 +97,10 @@ WholeSeconds = Annotated[int, Field(ge=1, le=_TEN_YEARS_SECONDS)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Endpoint = Annotated[str, AfterValidator(_check_endpoint)]
 Bucket = Annotated[str, AfterValidator(_check_bucket)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
+AllowedHost = Annotated[str, AfterValidator(_check_allowed_host)]
 Secret = Annotated[SecretStr, Field(min_length=1)]
+WebhookSecret = Annotated[SecretStr, AfterValidator(_check_webhook_secret)]
 
 
 class Section(BaseModel):
@@ -117,6 +141,8 @@ class StoreSettings(Section):
     secret_key_file: Path | None = None
     uploads_bucket: Bucket = "restage-uploads"
     outputs_bucket: Bucket = "restage-outputs"
+    cors_origins: list[Origin] = Field(default=["*"], max_length=50)
+    lifecycle: bool = True
     connect_timeout_seconds: Seconds = 2.0
     read_timeout_seconds: Seconds = 30.0
     pool_size: int = Field(default=16, ge=1, le=1024)
@@ -177,8 +203,9 @@ class LimitsSettings(Section):
     form_ttl_seconds: WholeSeconds = 900
     unused_upload_ttl_seconds: WholeSeconds = _DAY_SECONDS
     idempotency_ttl_seconds: WholeSeconds = _DAY_SECONDS
-    # A signature of S3 is valid for seven days at most, and a job's URL for at least five minutes.
-    output_url_ttl_seconds: int = Field(default=3600, ge=300, le=7 * _DAY_SECONDS)
+    # A signature of S3 is valid for seven days at most. A job's URL is the same for half its life, and what is left of
+    # it must be the five minutes that clients may rely on.
+    output_url_ttl_seconds: int = Field(default=3600, ge=600, le=7 * _DAY_SECONDS)
 
 
 class RetentionSettings(Section):
@@ -187,6 +214,17 @@ class RetentionSettings(Section):
     inputs_seconds: WholeSeconds = 7 * _DAY_SECONDS
     outputs_seconds: WholeSeconds = 7 * _DAY_SECONDS
     records_seconds: WholeSeconds = 30 * _DAY_SECONDS
+    orphans_seconds: WholeSeconds = 3600
+
+
+class WebhooksSettings(Section):
+    """How receivers are told that a batch has finished; `secret` signs where there are no keys."""
+
+    allowed_hosts: list[AllowedHost] = []
+    timeout_seconds: float = Field(default=10.0, gt=0, le=300)
+    give_up_seconds: Seconds = _DAY_SECONDS
+    secret: WebhookSecret | None = None
+    secret_file: Path | None = None
 
 
 class LogSettings(Section):
@@ -217,6 +255,7 @@ class Settings(BaseModel):
     sweep: SweepSettings
     limits: LimitsSettings
     retention: RetentionSettings
+    webhooks: WebhooksSettings
     log: LogSettings
 
 

@@ -80,6 +80,7 @@ class _Supervisor:
         self._num_signals = 0
         self._woken = threading.Event()
         self._is_ready = False
+        self._brings_webhook_secret = False
         ports, keys = folder.read_ports(), folder.store_keys()
         self._valkey = EmbeddedValkey(
             folder.path / "valkey", ports=ports.get("valkey"), log_file=folder.log_file("valkey")
@@ -92,6 +93,7 @@ class _Supervisor:
             log_file=folder.log_file("store"),
         )
         settings = load_settings(env=self._environment())
+        self._brings_webhook_secret = settings.webhooks.secret is None
         self._claim = _claim_api_port(port, [*ports.get("api", []), settings.server.port])
         self._api = Child("api", _restage("api"), log_file=folder.log_file("api"))
         self._crew = WorkerCrew(
@@ -191,6 +193,8 @@ class _Supervisor:
             for name, value in os.environ.items()
             if not name.upper().startswith(("RESTAGE__REDIS__", "RESTAGE__STORE__"))
         }
+        if self._brings_webhook_secret:
+            inherited["RESTAGE__WEBHOOKS__SECRET_FILE"] = str(self._folder.webhook_secret_file())
         return inherited | {
             "RESTAGE__SERVER__HOST": "127.0.0.1",
             "RESTAGE__REDIS__URL": self._valkey.url,

@@ -216,7 +216,9 @@ class Assembly:
                     detail = f"is missing; set {variable_name(section, name)} or {section}.{name}_file"
                 yield Problem("environment", None, f"{section}.{name}", None, detail)
         elif setting.is_secret:
-            yield self._origin(section, name).problem(None, "needs text that is not empty")
+            # A check of our own says what is needed without repeating the value.
+            detail = detail if details["type"] == "value_error" else "needs text that is not empty"
+            yield self._origin(section, name).problem(None, detail)
         else:
             yield self._origin(section, name).problem(shown(details["input"]), detail, below)
 

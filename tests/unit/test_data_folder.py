@@ -6,6 +6,7 @@ import stat
 import pytest
 
 from server.data_folder import DataFolder, DataFolderInUse
+from server.webhook_secret import webhook_secret_bytes
 
 
 @pytest.fixture
@@ -51,6 +52,17 @@ def test_store_keys_outlive_a_crash_while_they_were_written(folder):
     (folder.path / "store-keys.new").write_text('{"acc')
     keys = folder.store_keys()
     assert DataFolder(folder.path).store_keys() == keys
+
+
+def test_webhook_secret_is_drawn_once_and_secret(folder):
+    """The secret that signs webhooks stays the same over starts, and is in a file for the owner's eyes only."""
+    (folder.path / "webhook-secret.new").write_text("half")
+    file = folder.webhook_secret_file()
+    secret = file.read_text()
+    assert len(webhook_secret_bytes(secret.strip())) == 32
+    assert DataFolder(folder.path).webhook_secret_file() == file
+    assert file.read_text() == secret
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_ports_are_remembered(folder):

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 
 from server.errors import ConfigError, InvalidRequest, NotFound, Unauthorized
 from server.keys import LOCAL_PRINCIPAL, KeyStore, KeysUnavailable, Principal
+from server.webhook_secret import webhook_secret_bytes
 
 
 @pytest.fixture
@@ -194,6 +195,64 @@ def test_a_file_that_cannot_be_read_is_told(keys: KeyStore) -> None:
         keys.authenticate("Bearer x")
     assert caught.value.http_status == 503
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        keys.list()
+
+
+def test_a_key_has_a_secret_for_its_webhooks(keys: KeyStore) -> None:
+    """Each key must have a secret of its own, which is gone with the key and is never shown by accident."""
+    first, second = id_of(keys.add("a", "user")), id_of(keys.add("b", "user"))
+    server = KeyStore(keys.path)
+
+    (secret,) = server.webhook_secrets(first)
+    assert len(webhook_secret_bytes(secret)) == 32
+    assert server.webhook_secrets(second) not in {(), (secret,)}
+    assert secret not in repr(keys.list())
+    assert server.webhook_secrets("none") == ()
+    keys.revoke(first)
+    assert server.webhook_secrets(first) == ()
+
+
+def test_a_webhook_secret_is_rotated_in_two_steps(keys: KeyStore) -> None:
+    """First both secrets must sign, the newer one first; then the newer one alone. Nothing else may change."""
+    key = keys.add("a", "user", max_priority="low")
+    other = id_of(keys.add("b", "user"))
+    key_id, others = id_of(key), keys.webhook_secrets(other)
+    (old,) = keys.webhook_secrets(key_id)
+
+    new = keys.rotate_webhook(key_id)
+    assert new is not None
+    assert new != old
+    assert KeyStore(keys.path).webhook_secrets(key_id) == (new, old)
+    assert keys.rotate_webhook(key_id) is None
+    assert KeyStore(keys.path).webhook_secrets(key_id) == (new,)
+
+    assert keys.authenticate(f"Bearer {key}") == Principal("a", "user", key_id, "low")
+    assert keys.webhook_secrets(other) == others
+    with pytest.raises(NotFound, match="there is no key 'zzz'"):
+        keys.rotate_webhook("zzz")
+
+
+def test_a_key_of_before_webhooks_gets_its_secret_by_rotation(keys: KeyStore) -> None:
+    """A line without a secret must let its owner in, sign nothing, and get a secret only when somebody is told it."""
+    key = keys.add("a", "user")
+    line = json.loads(keys.path.read_text())
+    del line["webhook_secrets"]
+    keys.path.write_text(json.dumps(line) + "\n")
+
+    assert keys.authenticate(f"Bearer {key}").owner == "a"
+    keys.add("b", "user")
+    assert keys.webhook_secrets(id_of(key)) == ()
+    new = keys.rotate_webhook(id_of(key))
+    assert keys.webhook_secrets(id_of(key)) == (new,)
+
+
+@pytest.mark.parametrize("secrets", [["whsec_short"], ["x"] * 3, "whsec_", None, [1]])
+def test_a_line_with_other_secrets_is_damaged(keys: KeyStore, secrets: object) -> None:
+    """A secret that cannot sign must be told like any damage to the file, not met when a webhook is due."""
+    keys.add("a", "user")
+    keys.path.write_text(json.dumps(json.loads(keys.path.read_text()) | {"webhook_secrets": secrets}) + "\n")
+
+    with pytest.raises(ConfigError, match=":1: is no key"):
         keys.list()
 
 

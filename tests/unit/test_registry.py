@@ -1,5 +1,6 @@
 """The registry: what models.yaml may say, and how a request's parameters are resolved."""
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipelines.flux_kontext.params import Params as KontextParams
 from pipelines.qwen_image_edit_plus.params import Params as QwenParams
 from server.errors import ConfigError
 from server.model_entry import families
+from server.prompts import ModelPresets
 from server.registry import InvalidParams, ModelEntry, ModelNotFound, Registry, load_registry, merge_params
 from server.settings import Settings, load_settings
 
@@ -252,6 +254,90 @@ def test_default_must_be_enabled(load: Load, tmp_path: Path) -> None:
         load_registry(load_settings(tmp_path, {"RESTAGE__MODELS__DEFAULT": "b", **SECRETS}))
 
 
+PRESET_MISTAKES = """\
+  presets:
+    wrap: "{preset} and {preset}"
+    wraps: x
+    replace:
+      livingroom:
+        modern: A sofa.
+      bedroom:
+        moderne: A bed.
+        industrial: " "
+        traditional: 3
+        scandinavian:
+      kitchen: Stools.
+      3:
+        modern: x
+      office:
+        modern: One.
+        modern: Two.
+"""
+
+
+def test_all_mistakes_of_presets_are_told(load: Load) -> None:
+    """Unknown, empty, wrongly typed and doubled presets, and a placeholder that stands twice, have their lines."""
+    start = yaml.safe_dump([ENTRY], sort_keys=False)
+    first = len(start.splitlines())
+    rooms = "bathroom, bedroom, default, dining_room, entryway, kitchen, living_room, office, outdoor"
+
+    assert problems_of(load, start + PRESET_MISTAKES) == [
+        f"models.yaml:{first + line}: models[0].presets.{problem}"
+        for line, problem in (
+            (2, "wrap: needs {preset} once"),
+            (3, "wraps = 'x': is unknown; did you mean wrap?"),
+            (5, "replace.livingroom: is unknown; did you mean living_room?"),
+            (8, "replace.bedroom.moderne: is unknown; did you mean modern?"),
+            (9, "replace.bedroom.industrial: needs text, not empty"),
+            (10, "replace.bedroom.traditional = 3: needs text; put it in quotes"),
+            (11, "replace.bedroom.scandinavian = null: needs text"),
+            (12, "replace.kitchen = 'Stools.': needs a mapping of names to values"),
+            (13, f"replace[3]: is unknown; allowed are {rooms}"),
+            (17, f"replace.office.modern: is given twice, first in line {first + 16}"),
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("presets", "problem"),
+    [
+        (None, " = null: needs a mapping with the keys wrap, replace"),
+        ([], " = a list: needs a mapping with the keys wrap, replace"),
+        ({"wrap": None}, ".wrap = null: needs text"),
+        ({"wrap": ""}, ".wrap: needs {preset} once"),
+        ({"wrap": "{room} in {style}"}, ".wrap: needs {preset} once"),
+        ({"replace": "Everything."}, ".replace = 'Everything.': needs a mapping of names to values"),
+    ],
+)
+def test_odd_presets_are_told(load: Load, presets: object, problem: str) -> None:
+    """Presets of another shape must be told, not stop the loader."""
+    (found,) = problems_of(load, [{**ENTRY, "presets": presets}])
+
+    assert found.partition("models[0].presets")[2] == problem
+
+
+def test_presets_are_read_as_they_are_written(load: Load) -> None:
+    """What an entry says about prompts reaches the model, other braces included; an entry may say nothing."""
+    presets = {"wrap": "{preset} {style}", "replace": {"office": {"modern": "{x} {preset} {preset}"}, "outdoor": {}}}
+    registry = load(
+        [{**ENTRY, "presets": presets}, {**ENTRY, "id": "b"}, {**ENTRY, "id": "c", "presets": {}}], ("a", "b", "c")
+    )
+
+    assert registry.get("a").presets.model_dump() == presets
+    assert registry.get("b").presets == registry.get("c").presets == ModelPresets()
+
+
+def test_the_example_of_presets_loads(load: Load) -> None:
+    """What the head of models.yaml shows must work as it stands there."""
+    head = (CONFIG_DIR / "models.yaml").read_text().partition("\n\n")[0]
+    example = textwrap.dedent(head.partition("such as\n")[2].replace("#", ""))
+
+    presets = load([{**ENTRY, **yaml.safe_load(example)}]).get("a").presets
+
+    assert presets.wrap != ModelPresets().wrap
+    assert presets.replace["outdoor"]["modern"]
+
+
 @pytest.mark.parametrize("defaults", [{}, {"num_inference_steps": 60}])
 def test_limits_must_allow_the_default(load: Load, defaults: dict[str, Any]) -> None:
     """Limits that exclude a default, the entry's or the family's, must be told: no request could leave it out."""
@@ -296,7 +382,20 @@ def test_all_wrong_parameters_are_told_at_once() -> None:
         ),
     }
     assert (caught.value.code, caught.value.http_status) == ("invalid_params", 422)
-    assert "a does not take these parameters" in caught.value.detail
+    assert caught.value.detail.startswith("a does not take these parameters: /")
+    assert "; /num_inference_steps needs a whole number from 2 to 50, not 60" in caught.value.detail
+
+
+def test_a_null_is_as_good_as_left_out() -> None:
+    """A null must leave the entry's default in place, and under an unknown name must be told as a mistyped one."""
+    entry = entry_of(defaults={"num_inference_steps": 8, "width": 640, "height": 320})
+    nulls = dict.fromkeys(QwenParams.model_fields)
+
+    assert entry.resolve_params(nulls) == entry.resolve_params({})
+    assert entry.resolve_params(nulls).num_inference_steps == 8  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(InvalidParams, match="/sed is unknown; did you mean seed") as caught:
+        entry.resolve_params({"sed": None, "seed": None})
+    assert len(caught.value.errors) == 1
 
 
 def test_parameters_that_do_not_go_together_are_told() -> None:
@@ -359,7 +458,10 @@ VALUES = (
 @given(st.dictionaries(st.sampled_from([*QwenParams.model_fields, "guidance_scale", ""]), VALUES))
 @hypothesis_settings(deadline=None)
 def test_parameters_are_resolved_or_each_is_told(requested: dict[str, Any]) -> None:
-    """Whatever is asked, the answer must be parameters within the limits that repeat the request, or its mistakes."""
+    """Whatever is asked, the answer must be parameters within the limits that repeat the request, or its mistakes.
+
+    A null is as good as left out.
+    """
     entry = entry_of()
     try:
         params = entry.resolve_params(requested).model_dump()
@@ -367,7 +469,9 @@ def test_parameters_are_resolved_or_each_is_told(requested: dict[str, Any]) -> N
         locations = [mistake.location for mistake in error.errors]
         told = len(locations) == len(set(locations)) > 0 and set(locations) <= {"", *(f"/{name}" for name in requested)}
     else:
-        told = 2 <= params["num_inference_steps"] <= 50 and all(params[name] == requested[name] for name in requested)
+        given = {name: value for name, value in requested.items() if value is not None}
+        expected = entry.resolve_params({}).model_dump() | given
+        told = 2 <= params["num_inference_steps"] <= 50 and params == expected
 
     assert told
 

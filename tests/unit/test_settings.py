@@ -247,7 +247,7 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
         (
             "environment: RESTAGE__STOER__X: is unknown; store has endpoint, public_endpoint, region, secure, "
             "public_secure, access_key, access_key_file, secret_key, secret_key_file, uploads_bucket, outputs_bucket, "
-            "connect_timeout_seconds, read_timeout_seconds, pool_size"
+            "cors_origins, lifecycle, connect_timeout_seconds, read_timeout_seconds, pool_size"
         ),
         "environment: RESTAGE__STORE__SECRETKEY: is unknown; did you mean RESTAGE__STORE__SECRET_KEY?",
         "environment: RESTAGE__STORE: is unknown; settings are named RESTAGE__SECTION__NAME, in upper case",
@@ -262,7 +262,8 @@ def test_other_variables_are_left_alone(write: Write) -> None:
     """Variables of the client, and those that Kubernetes sets for services named restage, must be no mistakes."""
     env = {"RESTAGE_URL": "x", "RESTAGE_API_KEY": "x", "RESTAGE_PORT": "tcp://10.0.0.1:80", "RESTAGE_REDIS_PORT": "x"}
 
-    load_settings(write(), {**env, **SECRETS})
+    folder = write()
+    assert load_settings(folder, {**env, **SECRETS}) == load_settings(folder, SECRETS)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +284,9 @@ def test_other_variables_are_left_alone(write: Write) -> None:
         ("log: {}\nlog: {}", "local.yaml:2: log: is given twice, first in line 1"),
         ("log:\n  level: info\n  <<: {}\n", "local.yaml:3: log.<< = a mapping: is unknown; log has level, format"),
         ("true: {}\n", ("local.yaml:1: True: is unknown; the sections are server, redis, store, auth, models, worker, "
-         "sweep, limits, retention, log")),
+         "sweep, limits, retention, webhooks, log")),
         ("env_name: x\n", ("local.yaml:1: env_name: is unknown; the sections are server, redis, store, auth, models, "
-         "worker, sweep, limits, retention, log")),
+         "worker, sweep, limits, retention, webhooks, log")),
     ],
 )  # fmt: skip
 def test_odd_files_are_told_with_their_line(write: Write, text: str, problem: str) -> None:
@@ -579,3 +580,40 @@ def test_lease_outlasts_the_sweeps(write: Write, lease: float, is_right: bool) -
     else:
         (problem,) = problems_of(folder)
         assert problem.startswith(f"local.yaml:1: worker.lease_seconds = {lease}: needs at least 4.5 x")
+
+
+@pytest.mark.parametrize("host", ["localhost", "10.0.0.7", "::1", "[::1]", "b\u00fccher.intern", "Receiver_1.lan."])
+def test_hosts_that_webhooks_may_call(write: Write, host: str) -> None:
+    """Names and addresses are taken as they are written."""
+    folder = write(local=yaml.safe_dump({"webhooks": {"allowed_hosts": [host]}}))
+    assert load_settings(folder, SECRETS).webhooks.allowed_hosts == [host]
+
+
+@pytest.mark.parametrize(
+    "host", ["", "http://localhost", "localhost:9000", "[::1]:80", "a..b", "a b", "*.lan", "10.0.0.0/8"]
+)
+def test_hosts_that_are_none_are_told(write: Write, host: str) -> None:
+    """What would never match a host must be told at the start, in its place."""
+    (problem,) = problems_of(write(local=yaml.safe_dump({"webhooks": {"allowed_hosts": ["ok", host]}})), SECRETS)
+    assert problem.startswith("local.yaml:")
+    assert "webhooks.allowed_hosts" in problem
+    assert problem.endswith("needs names of hosts or addresses, without scheme or port")
+
+
+def test_the_webhook_secret_has_its_form(write: Write) -> None:
+    """A secret that receivers' libraries would not take must be told, with what is needed and without being shown."""
+    secret = "whsec_" + "QUJD" * 8
+    settings = load_settings(write(), {"RESTAGE__WEBHOOKS__SECRET": secret, **SECRETS})
+    assert settings.webhooks.secret is not None
+    assert settings.webhooks.secret.get_secret_value() == secret
+    assert load_settings(write(), {"RESTAGE__WEBHOOKS__SECRET": "", **SECRETS}).webhooks.secret is None
+
+    folder = write(local="webhooks: {secret_file: secret.txt}")
+    (folder / "secret.txt").write_text(f"{secret}\n")
+    assert load_settings(folder, SECRETS).webhooks.secret == settings.webhooks.secret
+    (folder / "secret.txt").write_text(SECRET)
+    needed = "needs whsec_ and 24 to 64 random bytes in base64"
+    assert problems_of(folder, SECRETS) == [f"local.yaml:1: webhooks.secret_file: {needed}"]
+    assert problems_of(write(), {"RESTAGE__WEBHOOKS__SECRET": SECRET, **SECRETS}) == [
+        f"environment: RESTAGE__WEBHOOKS__SECRET: {needed}"
+    ]
