@@ -1,30 +1,33 @@
-"""The object store, where photos come in and results go out; the only code that knows S3."""
+"""The object store, where photos come in and results go out; with its `store_*` parts the only code that knows S3."""
 
 import base64
 import io
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import quote
 
 import urllib3
 from minio import Minio
 from minio.datatypes import PostPolicy
-from minio.error import S3Error
 
 from server.errors import ObjectChanged
-from server.settings import StoreSettings
+from server.settings import LimitsSettings, RetentionSettings, StoreSettings
+from server.store_buckets import Buckets
+from server.store_sending import Sender, UnhurriedPoolManager
+from server.store_trash import Trash
 from server.store_trouble import EmptyObject, Patience, StoreTrouble
 
 if TYPE_CHECKING:
     from minio.helpers import DictType
     from urllib3.response import BaseHTTPResponse
 
-# An output is sent in one request up to this size; a multipart upload can wait for ever on a lost connection.
-_PART_SIZE_BYTES = 64 * 1024 * 1024
+# A few megabytes.
+_MAX_KEPT_URLS = 5000
 _UNSAFE_IN_FILENAMES = re.compile(r"[^\w .()+-]")
 
 
@@ -59,12 +62,17 @@ class Store:
         self._trouble = StoreTrouble(settings)
         self._pool = self._make_pool(settings.pool_size)
         self._client = self._make_client(settings.endpoint, secure=settings.secure, pool=self._pool)
+        self._sender = Sender(self._client, self._pool, settings)
+        self._buckets = Buckets(self._client, self._trouble, settings)
+        self._trash = Trash(self._client, self._trouble, settings)
         # The Host is part of a signature, so URLs for clients are signed for the address that clients use. This client
         # never connects: its region is set, and signing is arithmetic.
         public_endpoint = settings.public_endpoint or settings.endpoint
         public_secure = settings.secure if settings.public_secure is None else settings.public_secure
         self._public_pool = self._make_pool(1)
         self._public_client = self._make_client(public_endpoint, secure=public_secure, pool=self._public_pool)
+        # Half of what reading a batch costs would be signing; most reads are polls that want the same URLs again.
+        self._sign_output = lru_cache(_MAX_KEPT_URLS)(self._sign_output_anew)
         self._upload_url = f"{'https' if public_secure else 'http'}://{public_endpoint}/{settings.uploads_bucket}"
 
     def close(self) -> None:
@@ -74,16 +82,14 @@ class Store:
 
     def ensure_buckets(self) -> None:
         """Make the two buckets where they are missing."""
-        for bucket in (self._settings.uploads_bucket, self._settings.outputs_bucket):
-            with self._trouble.translated(bucket):
-                if self._client.bucket_exists(bucket):
-                    continue
-                try:
-                    self._client.make_bucket(bucket)
-                except S3Error as error:
-                    # Another process may have made it since we looked.
-                    if error.code not in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
-                        raise
+        self._buckets.ensure()
+
+    def prepare_buckets(self, retention: RetentionSettings, limits: LimitsSettings) -> None:
+        """Set what the buckets allow to pages in browsers, and when the store itself removes what was forgotten.
+
+        A store that refuses is logged, and raises nothing: the server works without.
+        """
+        self._buckets.prepare(retention, limits)
 
     def check(self) -> None:
         """Ask for both buckets.
@@ -91,11 +97,7 @@ class Store:
         Raises:
             StoreUnavailable: the store cannot serve; a bucket that is missing counts.
         """
-        for bucket in (self._settings.uploads_bucket, self._settings.outputs_bucket):
-            with self._trouble.translated(bucket):
-                exists = self._client.bucket_exists(bucket)
-            if not exists:
-                raise self._trouble.unavailable(f"has no bucket {bucket}")
+        self._buckets.check()
 
     def upload_form(
         self,
@@ -165,33 +167,72 @@ class Store:
                 raise ObjectChanged(f"{bucket}/{key} was stored again with other bytes after it was accepted")
             return response.read(decode_content=False)
 
+    def put_upload(self, key: str, file: BinaryIO, size_bytes: int, content_type: str) -> str:
+        """Store a photo that a client sent to us; whatever is under `key` is replaced.
+
+        Args:
+            key: the object's key in the uploads bucket.
+            file: is read twice from its start, in small blocks, and stays open.
+            size_bytes: of the whole file.
+            content_type: the object's type.
+
+        Returns:
+            The object's ETag.
+
+        Raises:
+            ValueError: the file has another size.
+        """
+        bucket = self._settings.uploads_bucket
+        with self._trouble.translated(bucket, key):
+            return self._sender.put(bucket, key, file, size_bytes=size_bytes, content_type=content_type)
+
     def put_output(self, key: str, data: bytes, content_type: str) -> None:
         """Store a result; whatever is under `key` is replaced."""
         bucket = self._settings.outputs_bucket
-        part_size = max(_PART_SIZE_BYTES, len(data))
         with self._trouble.translated(bucket, key):
-            self._client.put_object(
-                bucket, key, io.BytesIO(data), len(data), content_type=content_type, part_size=part_size
-            )
+            self._sender.put(bucket, key, io.BytesIO(data), size_bytes=len(data), content_type=content_type)
 
-    def output_url(self, key: str, *, filename: str, content_type: str, ttl_seconds: float) -> tuple[str, datetime]:
+    def read_output(self, key: str) -> bytes:
+        """Read a whole result.
+
+        Raises:
+            ObjectNotFound: nothing is stored under `key` any more.
+        """
+        with self._opened(self._settings.outputs_bucket, key) as response:
+            return response.read(decode_content=False)
+
+    def output_url(self, key: str, *, filename: str, content_type: str, ttl_seconds: int) -> tuple[str, datetime]:
         """Sign a URL that downloads a result under `filename`; the store is not asked.
+
+        For half its life the URL is the same, whoever asks which process: a page that polls loads each picture once.
+
+        Args:
+            key: the object's key in the outputs bucket.
+            filename: what a browser saves it as.
+            content_type: what the store says that it is.
+            ttl_seconds: how long a new URL works; at least half of that is left when it is given out.
 
         Returns:
             The URL, and when it stops working.
         """
-        expires_at = datetime.now(UTC) + timedelta(seconds=ttl_seconds)
-        url = self._public_client.presigned_get_object(
+        signed_at = _window_start(datetime.now(UTC), ttl_seconds // 2)
+        lifetime = timedelta(seconds=ttl_seconds)
+        return self._sign_output(key, filename, content_type, signed_at, lifetime), signed_at + lifetime
+
+    def _sign_output_anew(
+        self, key: str, filename: str, content_type: str, signed_at: datetime, lifetime: timedelta
+    ) -> str:
+        return self._public_client.presigned_get_object(
             self._settings.outputs_bucket,
             key,
-            expires=timedelta(seconds=ttl_seconds),
+            expires=lifetime,
+            request_date=signed_at,
             # Saved, never shown: so no browser takes a picture with a script inside for a page.
             response_headers={
                 "response-content-disposition": _attachment(filename),
                 "response-content-type": content_type,
             },
         )
-        return url, expires_at
 
     def delete_output(self, key: str) -> None:
         """Remove a result; it is no error if there is none."""
@@ -199,8 +240,23 @@ class Store:
         with self._trouble.translated(bucket, key):
             self._client.remove_object(bucket, key)
 
+    def delete(self, names: Sequence[str]) -> list[str]:
+        """Delete objects of both buckets, each by the name that it has in the ledger's trash.
+
+        Args:
+            names: `uploads/<key>`, `outputs/<key>`, or `outputs/<job>/<fence>/` for all that is stored under it. Of the
+                last at most 1000 objects go in one call.
+
+        Returns:
+            The names behind which nothing is left, or never was anything. Those that the store refused are missing.
+
+        Raises:
+            StoreUnavailable: not one could be deleted.
+        """
+        return self._trash.delete(names)
+
     def _make_pool(self, size: int) -> urllib3.PoolManager:
-        return urllib3.PoolManager(
+        return UnhurriedPoolManager(
             timeout=urllib3.Timeout(
                 connect=self._settings.connect_timeout_seconds, read=self._settings.read_timeout_seconds
             ),
@@ -241,6 +297,12 @@ class Store:
 
 def _bare_etag(response: "BaseHTTPResponse") -> str:
     return response.headers.get("ETag", "").strip('"')
+
+
+def _window_start(now: datetime, window_seconds: int) -> datetime:
+    """Begin of the window that `now` lies in; the first one began with 1970, for every process alike."""
+    seconds = int(now.timestamp())
+    return datetime.fromtimestamp(seconds - seconds % max(window_seconds, 1), UTC)
 
 
 def _attachment(filename: str) -> str:

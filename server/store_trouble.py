@@ -13,6 +13,7 @@ from urllib3.exceptions import (
     HTTPError,
     MaxRetryError,
     NewConnectionError,
+    ProtocolError,
     ReadTimeoutError,
     ResponseError,
 )
@@ -33,7 +34,7 @@ class Patience(urllib3.Retry):
 
     def increment(self, *args: Any, error: Exception | None = None, **kwargs: Any) -> "Patience":
         """Count one more failure; raises `error` if it was silence."""
-        if isinstance(error, ReadTimeoutError):
+        if error is not None and _is_silence(error):
             raise error
         return super().increment(*args, error=error, **kwargs)
 
@@ -88,6 +89,13 @@ class StoreTrouble:
                 return EmptyObject(place)
             case code:
                 return self.unavailable(f"answered {code} for {place}")
+
+
+def _is_silence(error: Exception) -> bool:
+    if isinstance(error, ReadTimeoutError):
+        return True
+    # A block of a body that was not taken in time: urllib3 makes one error of all that breaks a connection off.
+    return isinstance(error, ProtocolError) and any(isinstance(cause, TimeoutError) for cause in error.args)
 
 
 def _name_cause(error: MaxRetryError) -> str:
