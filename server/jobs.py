@@ -1,8 +1,8 @@
 """What a batch and a job are: plain records and the moves between their states, without Redis or HTTP."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 
 class JobStatus(StrEnum):
@@ -131,6 +131,26 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """One attempt to tell a webhook that a round of its batch has finished."""
+
+    round: int
+    attempt: int
+    at_ms: int
+    outcome: Literal["delivered", "retrying", "gave_up"]
+    http_status: int | None
+    detail: str | None
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Whom to tell when a batch has finished, and how that went; the latest attempts only."""
+
+    url: str
+    deliveries: tuple[Delivery, ...] = ()
+
+
+@dataclass(frozen=True)
 class Batch:
     """Up to 50 jobs that were submitted together. `jobs` are in the order of the request's items."""
 
@@ -146,4 +166,21 @@ class Batch:
     started_at_ms: int | None = None
     finished_at_ms: int | None = None
     expires_at_ms: int | None = None
+    eta_seconds: float | None = None
+    webhook: Webhook | None = None
+    key_id: str | None = None
     jobs: tuple[Job, ...] = ()
+
+    def estimated(self, eta_seconds: float | None) -> "Batch":
+        """Return the batch with the time it will probably still take."""
+        return replace(self, eta_seconds=eta_seconds)
+
+
+@dataclass(frozen=True)
+class DueWebhook:
+    """A delivery that is due: attempt number `attempt`, from 1, for a round of `batch` that ended at `due_since_ms`."""
+
+    batch: Batch
+    round: int
+    attempt: int
+    due_since_ms: int

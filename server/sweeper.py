@@ -1,54 +1,36 @@
-"""Keeps the ledger swept: every API process does it all the time, through outages and mistakes."""
+"""Keeps the ledger swept: every API process does it all the time, since else the jobs of dead workers would wait."""
 
-import asyncio
+import logging
 from dataclasses import asdict
 
 import structlog
 
-from server.errors import DependencyError
-from server.ledger.api_side import ApiLedger, SweepReport
+from server.ledger.api_side import ApiLedger
+from server.periodic import Periodic
 from server.settings import Settings
 
 _log = structlog.stdlib.get_logger()
 
 
 class Sweeper:
-    """Sweeps every `sweep.interval_seconds` until it is cancelled.
-
-    What goes wrong is logged once, until it goes well again: the next sweep comes anyway, since without one the jobs of
-    dead workers would wait for ever.
-    """
+    """Sweeps every `sweep.interval_seconds` until it is cancelled."""
 
     def __init__(self, ledger: ApiLedger, settings: Settings, models: list[str]) -> None:
         self._ledger = ledger
         self._lease_seconds = settings.worker.lease_seconds
         self._interval_seconds = settings.sweep.interval_seconds
         self._models = models
-        self._is_failing = False
 
     async def run(self) -> None:
         """Sweep, for ever."""
-        while True:
-            # Gathered, so that a mistake of ours comes back as a value and does not end the sweeping.
-            [outcome] = await asyncio.gather(
-                self._ledger.sweep(
-                    self._models, lease_seconds=self._lease_seconds, interval_seconds=self._interval_seconds
-                ),
-                return_exceptions=True,
-            )
-            self._tell(outcome)
-            await asyncio.sleep(self._interval_seconds)
+        await Periodic("sweep", self._sweep, interval_seconds=self._interval_seconds).run()
 
-    def _tell(self, outcome: SweepReport | BaseException) -> None:
-        if isinstance(outcome, BaseException):
-            if not self._is_failing:
-                trace = None if isinstance(outcome, DependencyError) else outcome
-                _log.error("sweep.failed", error=str(outcome), exc_info=trace)
-            self._is_failing = True
-            return
-        if self._is_failing:
-            self._is_failing = False
-            _log.info("sweep.recovered")
-        counts = {name: count for name, count in asdict(outcome).items() if count and name != "waiting"}
+    async def _sweep(self) -> None:
+        report = await self._ledger.sweep(
+            self._models, lease_seconds=self._lease_seconds, interval_seconds=self._interval_seconds
+        )
+        counts = {name: count for name, count in asdict(report).items() if count and name != "waiting"}
         if counts:
-            _log.info("sweep.finished", **counts)
+            # Where jobs wait for a busy worker, each sweep rings: nothing to read in a log.
+            level = logging.DEBUG if counts.keys() == {"rung"} else logging.INFO
+            _log.log(level, "sweep.finished", **counts)

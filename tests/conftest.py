@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from server.embedded import EmbeddedServerFailed, EmbeddedStore, EmbeddedValkey,
 from server.settings import Settings, StoreSettings, load_settings
 from server.store import Store
 
+# A shell that starts the tests in the background lets them ignore SIGINT, and the processes that they start would too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Nothing is ever downloaded: before any test imports a library that would.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -146,6 +149,46 @@ def settings_for() -> Callable[..., Settings]:
         return load_settings(REPOSITORY / "config", env | environment)
 
     return load
+
+
+# The scripts of the ledger read Redis' own clock, so time passes by moving everything that is stored in time back by
+# ARGV[2] ms.
+MOVE_CLOCK = """#!lua flags=allow-oom
+local prefix, ms = ARGV[1], tonumber(ARGV[2])
+local timed = { "leases", "delayed", "forget", "inputs_due", "outputs_due", "unused", "trash", "webhooks" }
+for _, name in ipairs(timed) do
+  for _, member in ipairs(redis.call("ZRANGE", prefix .. ":" .. name, 0, -1)) do
+    redis.call("ZINCRBY", prefix .. ":" .. name, -ms, member)
+  end
+end
+if redis.call("EXISTS", prefix .. ":swept") == 1 then
+  redis.call("HINCRBY", prefix .. ":swept", "at", -ms)
+  redis.call("HINCRBY", prefix .. ":swept", "grace_until", -ms)
+end
+for _, key in ipairs(redis.call("KEYS", prefix .. ":upload:*")) do
+  redis.call("HINCRBY", key, "form_until", -ms)
+  redis.call("HINCRBY", key, "keep_until", -ms)
+end
+for _, key in ipairs(redis.call("KEYS", prefix .. ":*")) do
+  local left = redis.call("PTTL", key)
+  if left >= 0 then
+    if left <= ms then redis.call("DEL", key) else redis.call("PEXPIRE", key, left - ms) end
+  end
+end
+"""
+
+
+@pytest.fixture(scope="session")
+def pass_time() -> Callable[..., None]:
+    """Give a function that lets time pass in a ledger without waiting: `pass_time(client, seconds, prefix="restage")`.
+
+    Every deadline that is stored comes nearer.
+    """
+
+    def move(client: redis.Redis, seconds: float, *, prefix: str = "restage") -> None:
+        client.register_script(MOVE_CLOCK)(args=[prefix, int(seconds * 1000)])
+
+    return move
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,33 @@
-"""The ledger as the API uses it: accept, read, cancel, sweep. One round trip a call, on the event loop."""
+"""The ledger as the API uses it: announce, accept, change, sweep; reading and forgetting are in files of their own."""
 
-import asyncio
 import hashlib
 import json
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-import redis
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError
-
 from server.errors import ConfigError
-from server.jobs import Batch, Job
-from server.ledger.records import (
-    UploadRecord,
-    batch_fields,
-    dump,
-    job_fields,
-    parse_batch,
-    parse_job,
-    parse_upload,
-    upload_fields,
-)
-from server.ledger.scripts import SCHEMA_VERSION, as_map, script_keys, script_text, unavailable
+from server.jobs import Batch
+from server.ledger.api_scripts import connect, ledger_errors
+from server.ledger.deliveries import LedgerWebhooks
+from server.ledger.expiring import LedgerJanitor
+from server.ledger.reading import LedgerReader
+from server.ledger.records import UploadRecord, batch_fields, dump, job_fields, parse_upload, upload_fields
+from server.ledger.scripts import SCHEMA_VERSION
 from server.ledger.status import ModelStatus, WorkerStatus, model_statuses, parse_worker
-from server.settings import RedisSettings
+from server.settings import RetentionSettings
+
+__all__ = ["ApiLedger", "connect"]
 
 SubmitKind = Literal["accepted", "replayed", "conflict", "missing_upload", "full"]
 CancelAnswer = Literal["cancelled", "requested", "finished", "unknown"]
+ReopenAnswer = Literal["queued", "open", "succeeded", "expired", "unknown", "full"]
+DeleteAnswer = Literal["deleted", "open", "unknown"]
 POISON_AFTER_DEVICE_DEATHS = 3
 _SWEEP_LIMIT = 100
-_MAX_CONNECTIONS = 64
-_SCRIPTS = ("submit", "read_batch", "read_job", "cancel", "reopen", "sweep")
+# What the clocks of API, store and Redis may differ by before a form counts as one that can no longer be used.
+_CLOCK_SLACK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -70,62 +62,13 @@ class SweepReport:
     poisoned: int
     due: int
     rung: int
-    forgotten: int
     waiting: bool
 
 
-@asynccontextmanager
-async def ledger_errors() -> AsyncGenerator[None]:
-    """Turn a Redis that does not serve into `LedgerUnavailable`; mistakes of ours stay what they are."""
-    try:
-        yield
-    except RedisError as error:
-        if (translated := unavailable(error)) is None:
-            raise
-        raise translated from error
-
-
-def connect(settings: RedisSettings) -> Redis:
-    """Return a client that answers or fails within about two timeouts; it connects at its first call.
-
-    A broken connection is made anew once. A timeout is not tried again: redis-py would do so for connecting and for the
-    call, four times in all, while the client of the API waits. More calls than there are connections wait their turn.
-    """
-    pool = BlockingConnectionPool.from_url(  # pyright: ignore[reportUnknownMemberType] (redis types no **kwargs)
-        settings.url,
-        max_connections=_MAX_CONNECTIONS,
-        timeout=settings.timeout_seconds,
-        password=settings.password.get_secret_value() if settings.password else None,
-        decode_responses=True,
-        socket_timeout=settings.timeout_seconds,
-        socket_connect_timeout=settings.timeout_seconds,
-        health_check_interval=15,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), 1, supported_errors=(redis.ConnectionError,)),
-    )
-    return Redis.from_pool(pool)
-
-
-class ApiLedger:
+class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
     """The API's view of the ledger."""
 
-    def __init__(self, client: Redis, *, key_prefix: str) -> None:
-        self._client = client
-        self._prefix = key_prefix
-        self._keys = script_keys(key_prefix)
-        self._scripts = {name: client.register_script(script_text(name)) for name in _SCRIPTS}
-
-    async def _run(self, name: str, *args: object) -> Any:
-        async with ledger_errors():
-            return await self._scripts[name](keys=self._keys, args=[*args])  # pyright: ignore[reportArgumentType]
-
-    async def ping(self) -> None:
-        """Return when Redis answers.
-
-        Raises:
-            LedgerUnavailable: it does not.
-        """
-        async with ledger_errors():
-            await cast("Any", self._client).ping()
+    SCRIPTS = ("announce_uploads", "lost_upload", "submit", "cancel", "reopen", "delete_batch", "sweep")
 
     async def check_schema(self) -> None:
         """Store the schema version in an empty ledger; refuse one that another version wrote.
@@ -141,18 +84,46 @@ class ApiLedger:
                 await self._client.set(f"{self._prefix}:schema", SCHEMA_VERSION, nx=True)
                 found = await self._client.get(f"{self._prefix}:schema")
         if found != SCHEMA_VERSION:
-            raise ConfigError(
-                [f"redis: the ledger under '{self._prefix}' has schema {found}; this version reads {SCHEMA_VERSION}"]
+            problem = (
+                f"redis: the ledger under '{self._prefix}' has schema {found}; this version reads {SCHEMA_VERSION}: "
+                "let the version that wrote it finish its jobs, or give another redis.key_prefix"
             )
+            raise ConfigError([problem])
 
-    async def create_uploads(self, records: Sequence[UploadRecord], *, ttl_seconds: int) -> None:
-        """Remember forms that were handed out, in one round trip; those that no batch names go after `ttl_seconds`."""
-        async with ledger_errors(), self._client.pipeline(transaction=True) as pipe:
-            for record in records:
-                key = f"{self._prefix}:upload:{record.id}"
-                pipe.hset(key, mapping=cast("Any", upload_fields(record)))
-                pipe.expire(key, ttl_seconds)
-            await pipe.execute()
+    async def announce_uploads(
+        self,
+        records: Sequence[UploadRecord],
+        *,
+        form_ttl_seconds: float,
+        unused_ttl_seconds: float,
+        offer_seconds: float,
+    ) -> list[str]:
+        """Remember photos that will come; those that no batch names go after `unused_ttl_seconds`.
+
+        Args:
+            records: all of one owner.
+            form_ttl_seconds: how long the store will take each photo; 0 where nobody but the server sends it.
+            unused_ttl_seconds: how long each id can be named in a batch.
+            offer_seconds: how old an upload may be that is offered in place of another with the same bytes.
+
+        Returns:
+            For each record its own id, or that of an upload with the same bytes that the store has already.
+        """
+        if not records:
+            return []
+        form_ttl_seconds += min(_CLOCK_SLACK_SECONDS, form_ttl_seconds)
+        request = {
+            "owner": records[0].owner,
+            "form_ttl_ms": int(form_ttl_seconds * 1000),
+            "unused_ttl_ms": int(unused_ttl_seconds * 1000),
+            "offer_ms": int(offer_seconds * 1000),
+            "uploads": [{"id": record.id, "fields": upload_fields(record)} for record in records],
+        }
+        return await self._run("announce_uploads", dump(request))
+
+    async def note_lost_upload(self, owner: str, upload_id: str) -> None:
+        """Offer the bytes of an upload no more: its object is not in the store."""
+        await self._run("lost_upload", owner, upload_id)
 
     async def get_uploads(self, owner: str, upload_ids: Sequence[str]) -> list[UploadRecord | None]:
         """Return the uploads in the order of `upload_ids`; None where unknown or another owner's."""
@@ -173,13 +144,22 @@ class ApiLedger:
         return (found[0], found[1]) if found[0] is not None else None
 
     async def submit(
-        self, batch: Batch, *, records_ttl_seconds: int, max_open_jobs: int, idempotency: Idempotency | None = None
+        self,
+        batch: Batch,
+        *,
+        retention: RetentionSettings,
+        max_open_jobs: int,
+        idempotency: Idempotency | None = None,
     ) -> SubmitResult:
         """Accept a batch: all of it, durably, or nothing. Repeating the call with the same batch id changes nothing."""
         request: dict[str, Any] = {
-            "batch": {"id": batch.id, "owner": batch.owner, "fields": batch_fields(batch, records_ttl_seconds)},
+            "batch": {"id": batch.id, "owner": batch.owner, "fields": batch_fields(batch, retention)},
             "jobs": [
-                {"id": job.id, "fields": job_fields(job), "uploads": [one.upload_id for one in job.inputs]}
+                {
+                    "id": job.id,
+                    "fields": job_fields(job),
+                    "uploads": [[one.upload_id, one.etag] for one in job.inputs],
+                }
                 for job in batch.jobs
             ],
             "max_open": max_open_jobs,
@@ -194,27 +174,17 @@ class ApiLedger:
         kind, text = await self._run("submit", dump(request))
         return SubmitResult(kind=kind, text=text)
 
-    async def read_batch(self, batch_id: str) -> Batch | None:
-        """Return a batch with all its jobs, or None when it is unknown."""
-        reply = await self._run("read_batch", batch_id)
-        if not reply:
-            return None
-        return parse_batch(
-            as_map(reply[0]), tuple(parse_job(as_map(job), position or None) for job, position in reply[1:])
-        )
-
-    async def read_job(self, job_id: str) -> Job | None:
-        """Return a job, or None when it is unknown."""
-        reply = await self._run("read_job", job_id)
-        return parse_job(as_map(reply[0]), reply[1] or None) if reply else None
-
     async def cancel(self, owner: str, job_ids: Sequence[str]) -> list[CancelAnswer]:
         """Cancel jobs of `owner` ("" for any); answers are in the order of `job_ids`."""
-        return await self._run("cancel", owner, *job_ids)
+        return await self._run("cancel", secrets.token_hex(16), owner, *job_ids)
 
-    async def reopen(self, owner: str, batch_id: str, job_ids: Sequence[str]) -> list[str]:
-        """Queue failed and cancelled jobs of a batch again; returns the ids that were."""
-        return await self._run("reopen", owner, batch_id, *job_ids)
+    async def reopen(self, owner: str, job_ids: Sequence[str], *, max_open_jobs: int) -> list[ReopenAnswer]:
+        """Queue failed and cancelled jobs of `owner` ("" for any) again; answers are in the order of `job_ids`."""
+        return await self._run("reopen", secrets.token_hex(16), owner, max_open_jobs, *job_ids)
+
+    async def delete_batch(self, owner: str, batch_id: str) -> DeleteAnswer:
+        """Forget a finished batch of `owner` ("" for any), its results, and its photos if nothing else needs them."""
+        return await self._run("delete_batch", secrets.token_hex(16), owner, batch_id)
 
     async def sweep(self, models: Sequence[str], *, lease_seconds: float, interval_seconds: float) -> SweepReport:
         """Do what is due. `interval_seconds` is the usual time between sweeps: a longer pause looks like an outage."""
@@ -238,7 +208,3 @@ class ApiLedger:
     async def model_statuses(self, model_ids: Sequence[str]) -> dict[str, ModelStatus]:
         """Say for each model whether a job for it would run now, and why not."""
         return model_statuses(await self.workers(), model_ids)
-
-    async def close(self) -> None:
-        """Close the connections; calls that wait for Redis end first or fail."""
-        await asyncio.shield(self._client.aclose())

@@ -1,4 +1,4 @@
-"""Loads the Lua scripts: one file each, behind a shared prelude, with flags for what works when memory is full."""
+"""Loads the Lua scripts: one file each, behind what they share, with flags for what works when memory is full."""
 
 from functools import cache
 from importlib.resources import files
@@ -10,14 +10,28 @@ from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, 
 from server.errors import LedgerUnavailable
 from server.queue import DRAMATIQ_NAMESPACE
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 # A full Redis must refuse new work and still let the accepted work drain.
 _FLAGS = {
     "submit": "",
+    "announce_uploads": "",
     "read_batch": "flags=no-writes",
-    "read_job": "flags=no-writes",
+    "read_jobs": "flags=no-writes",
+    "list_batches": "flags=no-writes",
+    "list_jobs": "flags=no-writes",
+    "read_events": "flags=no-writes",
     "backlog": "flags=no-writes",
+}
+# What several scripts share beyond the prelude.
+_PARTS = {
+    "read_batch": ("reading",),
+    "read_jobs": ("reading",),
+    "list_batches": ("reading",),
+    "list_jobs": ("reading",),
+    "take_webhooks": ("reading",),
+    "expire": ("expiry",),
+    "delete_batch": ("expiry",),
 }
 _DRAINING = "flags=allow-oom"
 
@@ -27,7 +41,7 @@ def script_text(name: str) -> str:
     """Return the text of script `name` as Redis gets it."""
     folder = files("server.ledger") / "lua"
     flags = _FLAGS.get(name, _DRAINING)
-    parts = ((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", name))
+    parts = ((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", *_PARTS.get(name, ()), name))
     return f"#!lua {flags}\n" + "\n".join(parts)
 
 

@@ -134,10 +134,15 @@ class WorkerLedger:
         timings: Mapping[str, float],
         params: Mapping[str, Any],
         inputs: Sequence[JobInput],
+        speeds: Mapping[str, float],
     ) -> Reply:
-        """Make `output` the job's result, once; `lost` or `cancelled` mean that the object is nobody's."""
+        """Make `output` the job's result, once; `lost` or `cancelled` mean that the object is nobody's.
+
+        `speeds` are what the run tells about the next ones, as `server.eta.measured_speeds` names them.
+        """
         documents = (asdict(output), dict(timings), dict(params), [asdict(one) for one in inputs])
-        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents)))
+        measured = (part for pair in speeds.items() for part in pair)
+        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), *measured))
 
     def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
         """End the job as failed, or as cancelled when that was asked for."""

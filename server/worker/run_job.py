@@ -1,11 +1,12 @@
 """What happens to one job around its run on the device: stage the photo, store the output, settle what went wrong."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import structlog
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from pipelines.errors import BadInput, Cancelled, DeadlineExceeded, OutOfMemory
 from pipelines.photos import CONTENT_TYPES, OutputFormat, decode_photo, encode_photo
 from server.errors import DependencyError, ObjectChanged, ObjectNotFound, StoreUnavailable
+from server.eta import measured_speeds
 from server.jobs import JobInput, JobOutput
 from server.ledger.worker_side import WorkerLedger
 from server.registry import Registry
@@ -159,6 +161,7 @@ class JobRunner:
                 timings=in_hand.timings,
                 params=in_hand.params,
                 inputs=in_hand.inputs,
+                speeds=measured_speeds(in_hand.device_seconds, in_hand.total_steps or 0, image.height, image.width),
             ),
             check=in_hand.check_process,
         )
@@ -188,7 +191,7 @@ class JobRunner:
             end = self._ledger_outage.outwait(lambda: self._tell(in_hand, error), check=in_hand.check_lease)
         except LeaseLost:
             end = "given_back" if in_hand.abandoned else "lost"
-        self._close(in_hand, end, error=f"{type(error).__name__}: {error}")
+        self._close(in_hand, end, error)
 
     def _tell(self, in_hand: JobInHand, error: Exception) -> str:
         """Tell the ledger how the try ended; returns what became of the job."""
@@ -210,16 +213,16 @@ class JobRunner:
         )
         return "retrying" if reply == "ok" else reply
 
-    def _close(self, in_hand: JobInHand, end: str, error: str | None = None) -> None:
+    def _close(self, in_hand: JobInHand, end: str, error: Exception | None = None) -> None:
         job = in_hand.job
         fields: dict[str, object] = {"job": job.id, "model": job.model, "attempt": job.attempts}
         if in_hand.step is not None:
             fields |= {"step": in_hand.step, "total_steps": in_hand.total_steps}
         if error is not None:
-            fields |= {"error": error}
+            fields |= {"code": final_code(error), "error": f"{type(error).__name__}: {error}"}
         fields |= {f"{phase}_seconds": seconds for phase, seconds in in_hand.timings.items()}
         event = f"job.{end}"
-        log.info(event, **fields)
+        log.log(logging.WARNING if end == "failed" else logging.INFO, event, **fields)
         self._hand.release(in_hand)
 
 
@@ -228,7 +231,8 @@ def encode_output(in_hand: JobInHand, image: Image.Image) -> tuple[bytes, JobOut
     job, photo = in_hand.job, in_hand.inputs[0]
     image = sized_output(image, job.output_spec, (photo.height, photo.width))
     image_format = cast("OutputFormat", job.output_spec.format)
-    data = encode_photo(image, image_format, job.output_spec.quality)
+    record = record_of(in_hand) if job.output_spec.metadata else None
+    data = encode_photo(image, image_format, job.output_spec.quality, record)
     return data, JobOutput(
         key=f"{job.id}/{job.fence}/output.{'jpg' if image_format == 'jpeg' else image_format}",
         sha256=hashlib.sha256(data).hexdigest(),
@@ -237,6 +241,21 @@ def encode_output(in_hand: JobInHand, image: Image.Image) -> tuple[bytes, JobOut
         width=image.width,
         size_bytes=len(data),
     )
+
+
+def record_of(in_hand: JobInHand) -> dict[str, Any]:
+    """Return what an output says of itself: with the weights and the photos, enough to make the same picture again."""
+    job = in_hand.job
+    return {
+        "job_id": job.id,
+        "model": job.model,
+        "model_version": job.model_version,
+        "prompt": job.prompt,
+        "negative_prompt": job.negative_prompt,
+        "params": in_hand.params,
+        "loras": list(job.loras),
+        "input_sha256": [photo.sha256 for photo in in_hand.inputs],
+    }
 
 
 def final_code(error: Exception) -> str | None:
@@ -251,4 +270,4 @@ def is_expected(error: Exception) -> bool:
 
 def retry_delay_seconds(attempts: int, base_seconds: float) -> float:
     """Return how long a job waits before its next try: twice as long after each."""
-    return min(base_seconds * 2 ** (attempts - 1), LONGEST_RETRY_SECONDS)
+    return min(base_seconds * 2 ** min(attempts - 1, 16), LONGEST_RETRY_SECONDS)

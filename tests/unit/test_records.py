@@ -1,13 +1,17 @@
 """Records survive the way through Redis hashes, where every value is a string."""
 
+from dataclasses import asdict, replace
+from importlib.resources import files
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.jobs import (
     Batch,
     BatchStatus,
+    Delivery,
     Job,
     JobError,
     JobInput,
@@ -15,7 +19,9 @@ from server.jobs import (
     JobStatus,
     OutputSpec,
     Priority,
+    Webhook,
 )
+from server.ledger.api_side import ApiLedger
 from server.ledger.records import (
     UploadRecord,
     batch_fields,
@@ -27,6 +33,8 @@ from server.ledger.records import (
     upload_fields,
 )
 from server.ledger.scripts import as_map, script_keys, script_text
+from server.ledger.worker_side import _SCRIPTS as WORKER_SCRIPTS
+from server.settings import RetentionSettings
 
 texts = st.text(st.characters(exclude_categories=("Cs",)))  # all that UTF-8 can say
 sizes = st.integers(0, 2**53)
@@ -145,17 +153,64 @@ def test_a_waiting_job_is_read_with_its_place_and_last_error() -> None:
     assert parse_job(stored(plain_job(), step="1", total_steps="")).total_steps is None
 
 
-@given(label=st.none() | texts, metadata=st.dictionaries(texts, texts, max_size=3), priority=st.sampled_from(Priority))
-def test_a_new_batch_comes_back_as_it_was(label: str | None, metadata: dict[str, str], priority: Priority) -> None:
-    """Label, metadata and priority are read as they were written, and the counts as numbers."""
-    batch = Batch(id="b1", owner="ana", label=label, metadata=metadata, priority=priority)
-    fields = batch_fields(batch, 30) | NEW_BATCH | {"id": "b1", "owner": "ana"}
-    assert fields["records_ms"] == "30000"
+webhooks = st.builds(Webhook, url=texts)
+
+
+@given(
+    label=st.none() | texts,
+    metadata=st.dictionaries(texts, texts, max_size=3),
+    priority=st.sampled_from(Priority),
+    webhook=st.none() | webhooks,
+    key_id=st.none() | texts,
+)
+def test_a_new_batch_comes_back_as_it_was(
+    label: str | None, metadata: dict[str, str], priority: Priority, webhook: Webhook | None, key_id: str | None
+) -> None:
+    """Label, metadata, priority, webhook and key are read as they were written, and the counts as numbers."""
+    batch = Batch(
+        id="b1", owner="ana", label=label, metadata=metadata, priority=priority, webhook=webhook, key_id=key_id
+    )
+    fields = batch_fields(batch, RetentionSettings()) | NEW_BATCH | {"id": "b1", "owner": "ana"}
+    assert all(isinstance(value, str) for value in fields.values())
     read = parse_batch(fields, (plain_job(),))
     assert (read.label, read.metadata, read.priority) == (label, metadata, priority)
+    assert (read.webhook, read.key_id) == (webhook, key_id)
     assert read.counts == {"total": 2, "queued": 2, "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0}
     assert (read.status, read.round, read.jobs) == (BatchStatus.QUEUED, 1, (plain_job(),))
     assert (read.started_at_ms, read.finished_at_ms, read.expires_at_ms) == (None, None, None)
+    assert read.eta_seconds is None
+
+
+def test_a_batch_carries_its_own_retention() -> None:
+    """The times that hold when it is accepted are stored with it, in milliseconds."""
+    retention = RetentionSettings(inputs_seconds=1, outputs_seconds=20, records_seconds=300, orphans_seconds=4000)
+    fields = batch_fields(Batch(id="b1", owner="ana"), retention)
+    times = {name: value for name, value in fields.items() if name.endswith("_ms")}
+    assert times == {"inputs_ms": "1000", "outputs_ms": "20000", "records_ms": "300000", "orphans_ms": "4000000"}
+
+
+@given(
+    st.lists(
+        st.builds(
+            Delivery,
+            round=st.integers(1, 99),
+            attempt=st.integers(1, 99),
+            at_ms=sizes,
+            outcome=st.sampled_from(("delivered", "retrying", "gave_up")),
+            http_status=st.none() | st.integers(100, 599),
+            detail=st.none() | texts,
+        ),
+        max_size=3,
+    )
+)
+def test_deliveries_are_read_with_their_webhook(deliveries: list[Delivery]) -> None:
+    """In the order in which they were logged; a batch that tells nobody has none."""
+    fields = batch_fields(Batch(id="b1", owner="ana", webhook=Webhook("https://a.example")), RetentionSettings())
+    stored_texts = [dump(asdict(one)) for one in deliveries]
+    read = parse_batch(fields | NEW_BATCH | {"id": "b1", "owner": "ana"}, deliveries=stored_texts)
+    assert read.webhook == Webhook("https://a.example", tuple(deliveries))
+    del fields["webhook_url"]
+    assert parse_batch(fields | NEW_BATCH | {"id": "b1", "owner": "ana"}, deliveries=stored_texts).webhook is None
 
 
 @given(
@@ -168,21 +223,47 @@ def test_a_new_batch_comes_back_as_it_was(label: str | None, metadata: dict[str,
         content_type=texts,
         size_bytes=sizes,
         sha256=st.none() | texts,
-    )
+    ),
+    st.none() | texts,
 )
-def test_an_upload_comes_back_as_it_was(record: UploadRecord) -> None:
-    """A form that was handed out is read as it was written, without references."""
-    assert parse_upload(upload_fields(record)) == record
+def test_an_upload_comes_back_as_it_was(record: UploadRecord, etag: str | None) -> None:
+    """A form that was handed out is read as it was written; its ETag is there once a batch has named it."""
+    added = {"id": record.id, "owner": record.owner, "references": "0", "form_until": "1", "keep_until": "1"}
+    fields = upload_fields(record) | added | ({} if etag is None else {"etag": etag})
+    assert all(isinstance(value, str) for value in fields.values())
+    assert parse_upload(fields) == replace(record, etag=etag)
 
 
-def test_a_script_is_its_prelude_and_itself_behind_its_flags() -> None:
+def test_references_are_counted() -> None:
+    """How many jobs of batches need an upload."""
+    record = UploadRecord("u1", "ana", "k1", "a.jpg", "image/jpeg", 9)
+    fields = upload_fields(record) | {"id": "u1", "owner": "ana", "references": "3"}
+    assert parse_upload(fields).references == 3
+
+
+SCRIPTS = {name for side in ApiLedger.__mro__ for name in getattr(side, "SCRIPTS", ())} | set(WORKER_SCRIPTS)
+
+
+def test_every_script_is_there_and_is_used() -> None:
+    """Each file in the folder of scripts is a script of one side of the ledger, or a part of several scripts."""
+    found = {path.name.removesuffix(".lua") for path in (files("server.ledger") / "lua").iterdir()}
+    assert found == SCRIPTS | {"prelude", "reading", "expiry"}
+
+
+# What must go on while memory is full: all but these two, which bring new work.
+REFUSED_WHEN_FULL = {"submit", "announce_uploads"}
+READING = {"read_batch", "read_jobs", "list_batches", "list_jobs", "read_events", "backlog"}
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_a_script_is_its_prelude_and_itself_behind_its_flags(name: str) -> None:
     """The flags stand in the very first line, or Redis does not see them; what drains may run while memory is full."""
-    flags = {name: script_text(name).partition("\n")[0] for name in ("submit", "read_job", "commit", "sweep")}
-    assert flags["submit"].strip() == "#!lua"
-    assert flags["read_job"] == "#!lua flags=no-writes"
-    assert flags["commit"] == flags["sweep"] == "#!lua flags=allow-oom"
-    text = script_text("commit")
-    assert text.index("local function job_key") < text.index("-- COMMIT")
+    flags, _, text = script_text(name).partition("\n")
+    expected = dict.fromkeys(REFUSED_WHEN_FULL, "") | dict.fromkeys(READING, "flags=no-writes")
+    assert flags.removeprefix("#!lua ") == expected.get(name, "flags=allow-oom")
+    assert text.index("local function job_key") < text.index(f"-- {name.upper()}: ")
+    assert ("local function batch_reply" in text) == (name in READING - {"backlog", "read_events"} | {"take_webhooks"})
+    assert ("local function forget" in text) == (name in {"expire", "delete_batch"})
 
 
 def test_replies_and_keys_have_their_shape() -> None:

@@ -1,6 +1,5 @@
 -- ANNOUNCE: what a worker says of itself. It is forgotten when the calls stop, and so are others who stopped.
 -- ARGV: worker id, ms until it is forgotten, field, value, ...
-local workers_key = prefix .. ":workers"
 local forget_ms = ARGV[2]
 redis.call("HSET", worker_key(ARGV[1]), unpack(ARGV, 3))
 redis.call("PEXPIRE", worker_key(ARGV[1]), forget_ms)

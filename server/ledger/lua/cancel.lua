@@ -1,10 +1,13 @@
 -- CANCEL: a queued job ends at once; a running one is asked to stop before its next step.
--- ARGV: owner ("" for any), job ids... Returns cancelled | requested | finished | unknown for each
+-- ARGV: token, owner ("" for any), job ids... Returns cancelled | requested | finished | unknown for each
+local earlier = earlier_reply(ARGV[1])
+if earlier then return earlier end
+
 local replies = {}
-for i = 2, #ARGV do
+for i = 3, #ARGV do
   local job = load_job(ARGV[i])
   local answer
-  if not job.status or (ARGV[1] ~= "" and job.owner ~= ARGV[1]) then
+  if not job.status or (ARGV[2] ~= "" and job.owner ~= ARGV[2]) then
     answer = "unknown"
   elseif job.status == "queued" then
     remove_ready(job)
@@ -20,4 +23,4 @@ for i = 2, #ARGV do
   end
   replies[#replies + 1] = answer
 end
-return replies
+return keep_reply(ARGV[1], replies)

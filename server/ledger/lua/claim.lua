@@ -60,7 +60,7 @@ for _, priority in ipairs(PRIORITIES) do
     redis.call("ZADD", leases_key, now + lease_ms, job.id)
     move_count(job.batch_id, "queued", "running")
     local batch = load(batch_key(job.batch_id), { "status", "started_at" })
-    if batch.status == "queued" then redis.call("HSET", batch_key(job.batch_id), "status", "running") end
+    set_batch_status(job.batch_id, batch.status, "running")
     if not batch.started_at then redis.call("HSET", batch_key(job.batch_id), "started_at", now) end
     tell_job(job, "job.started", "running")
 

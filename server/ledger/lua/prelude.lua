@@ -13,19 +13,42 @@ local function job_key(id) return prefix .. ":job:" .. id end
 local function batch_key(id) return prefix .. ":batch:" .. id end
 local function batch_jobs_key(id) return prefix .. ":batch:" .. id .. ":jobs" end
 local function events_key(id) return prefix .. ":batch:" .. id .. ":events" end
+local function deliveries_key(id) return prefix .. ":batch:" .. id .. ":deliveries" end
 local function upload_key(id) return prefix .. ":upload:" .. id end
+local function digest_key(owner, sha256) return prefix .. ":digest:" .. owner .. ":" .. sha256 end
+local function shelf_key(scope, shelf) return prefix .. ":shelf:" .. scope .. ":" .. shelf end
+local function speed_key(model) return prefix .. ":speed:" .. model end
+local function reply_key(token) return prefix .. ":reply:" .. token end
 local function worker_key(id) return prefix .. ":worker:" .. id end
 local function turns_key(model, priority) return prefix .. ":turns:" .. model .. ":" .. priority end
 local function ready_key(model, priority, owner) return prefix .. ":ready:" .. model .. ":" .. priority .. ":" .. owner end
 local leases_key = prefix .. ":leases"
 local delayed_key = prefix .. ":delayed"
 local open_key = prefix .. ":open"
+local workers_key = prefix .. ":workers"
+local unused_key = prefix .. ":unused"
+local inputs_due_key = prefix .. ":inputs_due"
+local outputs_due_key = prefix .. ":outputs_due"
 local forget_key = prefix .. ":forget"
+local trash_key = prefix .. ":trash"
+local webhooks_key = prefix .. ":webhooks"
 local changes_key = prefix .. ":changes"
 local control_key = prefix .. ":control"
 
 -- Lua prints large numbers as 1.7e+15; Redis and JSON want digits.
 local function digits(number) return string.format("%.0f", number) end
+
+-- A change that would say something else when it is done twice keeps its reply for a minute: a call that is repeated with
+-- the same token after a lost reply gets the first one again.
+local function earlier_reply(token)
+  local reply = redis.call("GET", reply_key(token))
+  return reply and cjson.decode(reply)
+end
+
+local function keep_reply(token, reply)
+  redis.call("SET", reply_key(token), cjson.encode(reply), "PX", 60000)
+  return reply
+end
 
 local function load(key, names)
   local values = redis.call("HMGET", key, unpack(names))
@@ -68,17 +91,23 @@ end
 -- So many bells wake every worker there is; where nobody listens, more would only pile up.
 local MOST_BELLS = 100
 local num_rung = 0
-local function ring(model)
-  if redis.call("LLEN", dramatiq .. ":" .. prefix .. "." .. model) >= MOST_BELLS then return end
-  num_rung = num_rung + 1
-  local id = digits(now_micros) .. "-" .. num_rung
+local function ring(model, count)
   local queue = prefix .. "." .. model
-  local message = cjson.encode({
-    queue_name = queue, actor_name = "ring", args = { model }, kwargs = {},
-    options = { redis_message_id = id }, message_id = id, message_timestamp = now,
-  })
-  redis.call("HSET", dramatiq .. ":" .. queue .. ".msgs", id, message)
-  redis.call("RPUSH", dramatiq .. ":" .. queue, id)
+  local room = MOST_BELLS - redis.call("LLEN", dramatiq .. ":" .. queue)
+  local ids, messages = {}, {}
+  for i = 1, math.min(count or 1, room) do
+    num_rung = num_rung + 1
+    local id = digits(now_micros) .. "-" .. num_rung
+    ids[i] = id
+    messages[2 * i - 1] = id
+    messages[2 * i] = cjson.encode({
+      queue_name = queue, actor_name = "ring", args = { model }, kwargs = {},
+      options = { redis_message_id = id }, message_id = id, message_timestamp = now,
+    })
+  end
+  if #ids == 0 then return end
+  redis.call("HSET", dramatiq .. ":" .. queue .. ".msgs", unpack(messages))
+  redis.call("RPUSH", dramatiq .. ":" .. queue, unpack(ids))
 end
 
 -- The turn after every turn in the given lines. An owner who begins to wait takes it, so that nobody who waits already is
@@ -92,12 +121,13 @@ local function next_turn(lines)
   return digits(turn)
 end
 
+local function take_turn(turns, owner)
+  if not redis.call("ZSCORE", turns, owner) then redis.call("ZADD", turns, next_turn({ turns }), owner) end
+end
+
 local function make_ready(job)
-  local turns = turns_key(job.model, job.priority)
   redis.call("ZADD", ready_key(job.model, job.priority, job.owner), job.order, job.id)
-  if not redis.call("ZSCORE", turns, job.owner) then
-    redis.call("ZADD", turns, next_turn({ turns }), job.owner)
-  end
+  take_turn(turns_key(job.model, job.priority), job.owner)
 end
 
 local function remove_ready(job)
@@ -108,22 +138,99 @@ local function remove_ready(job)
   end
 end
 
+-- Shelves list batches by their age, newest last, once for their owner and once for everybody ("*"): all of them, those of
+-- a status, and those that have at least one job of a status. So no list has to look at what it does not show.
+local EVERYBODY = "*"
+local function put_on_shelf(batch, shelf)
+  redis.call("ZADD", shelf_key(batch.owner, shelf), batch.order, batch.id)
+  redis.call("ZADD", shelf_key(EVERYBODY, shelf), batch.order, batch.id)
+end
+
+local function take_off_shelf(batch, shelf)
+  redis.call("ZREM", shelf_key(batch.owner, shelf), batch.id)
+  redis.call("ZREM", shelf_key(EVERYBODY, shelf), batch.id)
+end
+
+local function load_shelved(batch_id)
+  local batch = load(batch_key(batch_id), { "owner", "order" })
+  batch.id = batch_id
+  return batch
+end
+
 local function move_count(batch_id, from, to)
-  redis.call("HINCRBY", batch_key(batch_id), from, -1)
-  redis.call("HINCRBY", batch_key(batch_id), to, 1)
+  local num_from = redis.call("HINCRBY", batch_key(batch_id), from, -1)
+  local num_to = redis.call("HINCRBY", batch_key(batch_id), to, 1)
+  if num_from > 0 and num_to > 1 then return end
+  local batch = load_shelved(batch_id)
+  if num_from == 0 then take_off_shelf(batch, "has-" .. from) end
+  if num_to == 1 then put_on_shelf(batch, "has-" .. to) end
+end
+
+local function set_batch_status(batch_id, from, to)
+  if from == to then return end
+  local batch = load_shelved(batch_id)
+  redis.call("HSET", batch_key(batch_id), "status", to)
+  take_off_shelf(batch, from)
+  put_on_shelf(batch, to)
+end
+
+-- An object whose name is in the trash is deleted by a janitor once it is due. The name is put there in the script that
+-- takes away the last record of the object, so that none is ever forgotten in the store.
+local function throw_away(name, due) redis.call("ZADD", trash_key, due, name) end
+
+-- An upload that no job names goes when it is due, unless a batch pins it before.
+local function set_unused(id, due) redis.call("ZADD", unused_key, due, id) end
+
+local function discard_upload(id)
+  local upload = load(upload_key(id), { "owner", "key", "sha256", "form_until" })
+  if upload.key then
+    -- While its form can be used, the object could come back.
+    throw_away("uploads/" .. upload.key, math.max(now, tonumber(upload.form_until)))
+  end
+  if upload.sha256 then
+    local digest = digest_key(upload.owner, upload.sha256)
+    if redis.call("GET", digest) == id then redis.call("DEL", digest) end
+  end
+  redis.call("DEL", upload_key(id))
+  redis.call("ZREM", unused_key, id)
+end
+
+local function release_upload(id)
+  local upload = load(upload_key(id), { "references", "keep_until" })
+  if not upload.references then return end
+  if redis.call("HINCRBY", upload_key(id), "references", -1) <= 0 then
+    set_unused(id, math.max(now, tonumber(upload.keep_until)))
+  end
+end
+
+-- What a try has written that ends without a commit is nobody's. The worker deletes it, if it still can.
+local function throw_away_try(job)
+  local orphans_ms = redis.call("HGET", batch_key(job.batch_id), "orphans_ms")
+  throw_away("outputs/" .. job.id .. "/" .. job.fence .. "/", now + tonumber(orphans_ms))
 end
 
 local function finish_batch_if_done(batch_id)
-  local batch = load(batch_key(batch_id), { "queued", "running", "records_ms", "round" })
+  local key = batch_key(batch_id)
+  local batch = load(key, {
+    "queued", "running", "status", "inputs_ms", "outputs_ms", "records_ms", "round", "webhook_url",
+  })
   if tonumber(batch.queued) > 0 or tonumber(batch.running) > 0 then return end
   local expires = now + tonumber(batch.records_ms)
-  redis.call("HSET", batch_key(batch_id), "status", "finished", "finished_at", now, "expires_at", expires)
+  set_batch_status(batch_id, batch.status, "finished")
+  redis.call("HSET", key, "finished_at", now, "expires_at", expires)
+  redis.call("ZADD", inputs_due_key, now + tonumber(batch.inputs_ms), batch_id)
+  redis.call("ZADD", outputs_due_key, now + tonumber(batch.outputs_ms), batch_id)
   redis.call("ZADD", forget_key, expires, batch_id)
+  if batch.webhook_url then
+    redis.call("HSET", key, "webhook_since:" .. batch.round, now)
+    redis.call("ZADD", webhooks_key, now, batch_id .. ":" .. batch.round)
+  end
   tell(batch_id, "batch.finished", { batch_id = batch_id, round = tonumber(batch.round) })
 end
 
 -- The one way into `succeeded`, `failed` and `cancelled`.
 local function settle(job, status)
+  if job.status == "running" and status ~= "succeeded" then throw_away_try(job) end
   redis.call("HSET", job_key(job.id), "status", status, "finished_at", now, "on_device", 0, "cancel", 0)
   redis.call("ZREM", leases_key, job.id)
   redis.call("ZREM", delayed_key, job.id)
@@ -151,6 +258,7 @@ end
 
 -- From `running` back to `queued`, at its old place in the line; due after `delay_ms`.
 local function requeue(job, delay_ms)
+  throw_away_try(job)
   redis.call("HSET", job_key(job.id), "status", "queued", "on_device", 0)
   redis.call("HDEL", job_key(job.id), "step", "total_steps", "worker")
   redis.call("ZREM", leases_key, job.id)

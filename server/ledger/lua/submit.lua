@@ -1,5 +1,5 @@
 -- SUBMIT: a batch, its jobs, the pins on its uploads, the idempotency record and the bells: all or nothing.
--- ARGV[1]: JSON {batch: {id, owner, fields}, jobs: [{id, fields, uploads}], max_open, idempotency?}
+-- ARGV[1]: JSON {batch: {id, owner, fields}, jobs: [{id, fields, uploads: [[id, etag]]}], max_open, idempotency?}
 -- Returns {kind, text}: accepted | replayed (text: the first answer) | conflict | missing_upload (text: its id) | full
 local request = cjson.decode(ARGV[1])
 local batch, jobs, idempotency = request.batch, request.jobs, request.idempotency
@@ -15,43 +15,71 @@ end
 -- The caller drew the id before the call, so a call repeated after a lost reply finds its own work.
 if redis.call("EXISTS", batch_key(batch.id)) == 1 then return { "accepted", "" } end
 if redis.call("SCARD", open_key) + #jobs > request.max_open then return { "full", "" } end
+local uploads, named = {}, {}
 for _, job in ipairs(jobs) do
-  for _, upload_id in ipairs(job.uploads) do
-    if redis.call("HGET", upload_key(upload_id), "owner") ~= batch.owner then return { "missing_upload", upload_id } end
+  for _, pin in ipairs(job.uploads) do
+    local id, etag = pin[1], pin[2]
+    if not uploads[id] then
+      uploads[id] = load(upload_key(id), { "owner", "references", "sha256" })
+      if uploads[id].owner ~= batch.owner then return { "missing_upload", id } end
+      named[#named + 1] = id
+    end
+    uploads[id].etag = etag
+    uploads[id].references = uploads[id].references + 1
   end
 end
 
-local function put(key, fields)
-  local flat = {}
+local function put(key, fields, ...)
+  local flat = { ... }
+  local n = #flat
   for name, value in pairs(fields) do
-    flat[#flat + 1] = name
-    flat[#flat + 1] = value
+    flat[n + 1], flat[n + 2] = name, value
+    n = n + 2
   end
   redis.call("HSET", key, unpack(flat))
 end
 
-put(batch_key(batch.id), batch.fields)
-redis.call("HSET", batch_key(batch.id), "id", batch.id, "owner", batch.owner, "status", "queued", "created_at", now,
-  "round", 1, "total", #jobs, "queued", #jobs, "running", 0, "succeeded", 0, "failed", 0, "cancelled", 0)
+-- Batches are listed by this number: by age, and no two have the same.
+local last = redis.call("ZREVRANGE", shelf_key(EVERYBODY, "all"), 0, 0, "WITHSCORES")
+batch.order = digits(math.max(now_micros, (tonumber(last[2]) or 0) + 1))
+put(batch_key(batch.id), batch.fields, "id", batch.id, "owner", batch.owner, "order", batch.order, "status", "queued",
+  "created_at", now, "round", 1, "total", #jobs, "queued", #jobs, "running", 0, "succeeded", 0, "failed", 0,
+  "cancelled", 0)
+for _, shelf in ipairs({ "all", "queued", "has-queued" }) do put_on_shelf(batch, shelf) end
 
+-- From now on the photos are the batch's too. Their bytes are known, so that the same ones need not be sent again.
+for _, id in ipairs(named) do
+  local upload = uploads[id]
+  redis.call("HSET", upload_key(id), "references", upload.references, "etag", upload.etag)
+  if upload.sha256 then redis.call("SET", digest_key(batch.owner, upload.sha256), id, "NX") end
+end
+if #named > 0 then redis.call("ZREM", unused_key, unpack(named)) end
+
+-- What many jobs share is written once for all of them.
+local ids, lines, num_bells = {}, {}, {}
 for i, job in ipairs(jobs) do
-  local key = job_key(job.id)
   local order = digits(now_micros + i)
-  put(key, job.fields)
-  redis.call("HSET", key, "id", job.id, "batch_id", batch.id, "owner", batch.owner, "status", "queued",
+  put(job_key(job.id), job.fields, "id", job.id, "batch_id", batch.id, "owner", batch.owner, "status", "queued",
     "created_at", now, "queued_at", now, "order", order, "fence", 0, "attempts", 0, "errors", 0, "deaths", 0,
     "device_deaths", 0, "suspect", 0, "on_device", 0, "cancel", 0)
-  redis.call("RPUSH", batch_jobs_key(batch.id), job.id)
-  redis.call("SADD", open_key, job.id)
-  for _, upload_id in ipairs(job.uploads) do
-    redis.call("HINCRBY", upload_key(upload_id), "references", 1)
-    redis.call("PERSIST", upload_key(upload_id))
-  end
-  make_ready({
-    id = job.id, owner = batch.owner, order = order, model = job.fields.model, priority = job.fields.priority,
-  })
-  ring(job.fields.model)
+  ids[i] = job.id
+  local model, priority = job.fields.model, job.fields.priority
+  local line = turns_key(model, priority)
+  lines[line] = lines[line] or { ready = ready_key(model, priority, batch.owner), members = {} }
+  local members = lines[line].members
+  members[#members + 1] = order
+  members[#members + 1] = job.id
+  num_bells[model] = (num_bells[model] or 0) + 1
 end
+redis.call("RPUSH", batch_jobs_key(batch.id), unpack(ids))
+redis.call("SADD", open_key, unpack(ids))
+for turns, line in pairs(lines) do
+  redis.call("ZADD", line.ready, unpack(line.members))
+  take_turn(turns, batch.owner)
+end
+-- Each worker that hears a bell claims until nothing is ready: a bell more than there are workers would find nobody.
+local num_workers = math.max(1, redis.call("SCARD", workers_key))
+for model, count in pairs(num_bells) do ring(model, math.min(count, num_workers)) end
 
 if idempotency_key then
   redis.call("HSET", idempotency_key, "batch_id", batch.id, "body_sha256", idempotency.body_sha256,

@@ -1,9 +1,9 @@
--- SWEEP: what is due and nothing else: expired leases, jobs whose back-off is over, silent bells, records to forget.
+-- SWEEP: what is due and nothing else: expired leases, jobs whose back-off is over, silent bells.
 -- Any number of processes may call it.
 -- ARGV: lease in ms, pause between sweeps that looks like an outage in ms, most entries a call, device deaths that poison,
 -- models... Returns a JSON object of counts
 local lease_ms, outage_ms, limit, poison_after = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), tonumber(ARGV[4])
-local report = { requeued = 0, cancelled = 0, poisoned = 0, due = 0, rung = 0, forgotten = 0, waiting = false }
+local report = { requeued = 0, cancelled = 0, poisoned = 0, due = 0, rung = 0, waiting = false }
 
 -- Nobody could renew while Redis was away, and while nobody swept it may have been. Give every holder one lease time
 -- to renew before its job is taken from it.
@@ -64,22 +64,4 @@ for i = 5, #ARGV do
   end
 end
 
-local function forget(batch_id)
-  for _, id in ipairs(redis.call("LRANGE", batch_jobs_key(batch_id), 0, -1)) do
-    for _, input in ipairs(cjson.decode(redis.call("HGET", job_key(id), "inputs"))) do
-      if redis.call("HINCRBY", upload_key(input.upload_id), "references", -1) <= 0 then
-        redis.call("DEL", upload_key(input.upload_id))
-      end
-    end
-    redis.call("DEL", job_key(id))
-  end
-  redis.call("DEL", batch_key(batch_id), batch_jobs_key(batch_id), events_key(batch_id))
-  redis.call("ZREM", forget_key, batch_id)
-  report.forgotten = report.forgotten + 1
-end
-
--- A batch has up to 50 jobs: a tenth of the limit keeps the call short.
-for _, id in ipairs(redis.call("ZRANGEBYSCORE", forget_key, "-inf", now, "LIMIT", 0, math.ceil(limit / 10))) do
-  forget(id)
-end
 return cjson.encode(report)

@@ -7,7 +7,6 @@ import pytest
 from server.errors import ConfigError
 from server.jobs import BatchStatus, Job, JobError, JobStatus
 from server.ledger.api_side import Idempotency
-from server.ledger.records import UploadRecord
 from server.ledger.status import NO_WORKER, WorkerModel, WorkerStatus
 from server.ledger.worker_side import Alone, Backlog, HeldJob
 
@@ -18,6 +17,11 @@ def kill_on_device(ledger: Any, model: str = "qwen") -> Job:
     ledger.worker().start(job.id, job.fence, on_device=True)
     ledger.sweep_for_a_lease()
     return job
+
+
+def reopen(ledger: Any, job_ids: list[str], *, owner: str = "ana", max_open_jobs: int = 99) -> list[str]:
+    """Ask for another round of some jobs."""
+    return ledger.run(ledger.api.reopen(owner, job_ids, max_open_jobs=max_open_jobs))
 
 
 def test_a_job_goes_from_submission_to_result(ledger: Any) -> None:
@@ -101,37 +105,6 @@ def test_nothing_of_a_refused_batch_is_kept(ledger: Any) -> None:
     assert ledger.submit(batch, max_open_jobs=3).kind == "accepted"
 
 
-def test_uploads_are_shown_to_their_owner_only(ledger: Any) -> None:
-    """Unknown and foreign uploads look alike."""
-    record = UploadRecord("u1", "ana", "u1", "Küche.jpg", "image/jpeg", 12, sha256="aa")
-    ledger.run(ledger.api.create_uploads([record], ttl_seconds=100))
-    assert ledger.run(ledger.api.get_uploads("ana", ["u-none", "u1"])) == [None, record]
-    assert ledger.run(ledger.api.get_uploads("bo", ["u1"])) == [None]
-
-
-def test_an_upload_lives_as_long_as_a_record_names_it(ledger: Any) -> None:
-    """Unused forms expire; a used one goes with the last batch that names it."""
-    older = ledger.accept("b1", ["qwen"])
-    upload_id = older.jobs[0].inputs[0].upload_id
-    assert ledger.commit(ledger.claim(["qwen"])) == "ok"
-    younger = ledger.with_uploads(ledger.batch("b2", ["qwen"]), [[upload_id, upload_id]])
-    assert ledger.submit(younger).kind == "accepted"
-    ledger.run(ledger.api.create_uploads([UploadRecord("u1", "ana", "u1", "a.jpg", "image/jpeg", 9)], ttl_seconds=100))
-    assert ledger.run(ledger.api.get_uploads("ana", [upload_id]))[0].references == 3
-
-    ledger.pass_time(2000)
-    assert ledger.sweep().forgotten == 1
-    unused, used = ledger.run(ledger.api.get_uploads("ana", ["u1", upload_id]))
-    assert unused is None
-    assert used.references == 2
-    assert ledger.commit(ledger.claim(["qwen"])) == "ok"
-    ledger.pass_time(2000)
-    assert ledger.sweep().forgotten == 1
-    assert ledger.run(ledger.api.get_uploads("ana", [upload_id])) == [None]
-    assert ledger.run(ledger.api.read_batch("b2")) is None
-    assert ledger.run(ledger.api.read_job("b2-0")) is None
-
-
 def test_a_running_job_hears_of_its_cancellation(ledger: Any) -> None:
     """Every call of the holder says `cancelled`, the control stream says it at once, and a late result is nobody's."""
     ledger.accept("b1", ["qwen", "qwen"])
@@ -186,7 +159,7 @@ def test_errors_of_a_job_are_bounded(ledger: Any) -> None:
     assert ledger.read("b1").counts["failed"] == 1
 
     # The user's retry begins with none spent.
-    assert ledger.run(ledger.api.reopen("ana", "b1", [job.id])) == [job.id]
+    assert ledger.run(ledger.api.reopen("ana", [job.id], max_open_jobs=9)) == ["queued"]
     job = ledger.claim(["qwen"])
     assert (job.attempts, worker.retry(job.id, job.fence, **trouble)) == (3, "ok")
 
@@ -255,22 +228,44 @@ def test_a_users_retry_opens_a_new_round(ledger: Any) -> None:
     assert ledger.commit(ledger.claim(["qwen"])) == "ok"
     bad = ledger.claim(["qwen"])
     assert worker.fail(bad.id, bad.fence, code="invalid_input", detail="truncated", timings={"fetch": 0.1}) == "ok"
-    assert ledger.run(ledger.api.reopen("ana", "b1", ["b1-1"])) == ["b1-1"]
+    assert reopen(ledger, ["b1-1"]) == ["queued"]
     assert ledger.read("b1").round == 1  # it had not finished yet
     assert ledger.run(ledger.api.cancel("ana", ["b1-1", "b1-2"])) == ["cancelled", "cancelled"]
     assert ledger.read("b1").status == BatchStatus.FINISHED
 
     ids = ["b1-0", "b1-1", "b1-2"]
-    assert ledger.run(ledger.api.reopen("bo", "b1", ids)) == []
-    assert ledger.run(ledger.api.reopen("ana", "b-none", ids)) == []
-    assert ledger.run(ledger.api.reopen("ana", "b1", ids)) == ["b1-1", "b1-2"]
+    assert reopen(ledger, ids, owner="bo") == ["unknown"] * 3
+    assert reopen(ledger, [*ids, "j-none", "b1-2"]) == ["succeeded", "queued", "queued", "unknown", "open"]
     batch = ledger.read("b1")
     assert (batch.round, batch.status, batch.finished_at_ms, batch.expires_at_ms) == (2, BatchStatus.QUEUED, None, None)
     assert (batch.jobs[1].error, batch.jobs[1].attempts, batch.jobs[1].queue_seconds) == (None, 1, None)
+    assert (batch.jobs[1].finished_at_ms, batch.jobs[1].status) == (None, JobStatus.QUEUED)
     for _ in range(2):
         assert ledger.commit(ledger.claim(["qwen"])) == "ok"
     assert ledger.events("b1").count("batch.finished") == 2
     assert ledger.read("b1").counts["succeeded"] == 3
+
+
+def test_jobs_of_many_batches_are_retried_together(ledger: Any) -> None:
+    """Each batch begins a round of its own where it had finished; an admin reaches those of all owners."""
+    for batch_id, owner in {"b1": "ana", "b2": "ana", "b3": "bo"}.items():
+        ledger.accept(batch_id, ["qwen", "qwen"], owner=owner)
+        assert ledger.run(ledger.api.cancel(owner, [f"{batch_id}-0"])) == ["cancelled"]
+    assert ledger.run(ledger.api.cancel("", ["b1-1", "b3-1"])) == ["cancelled"] * 2
+    assert reopen(ledger, ["b1-0", "b2-0", "b3-0"]) == ["queued", "queued", "unknown"]
+    assert [ledger.read(batch_id).round for batch_id in ("b1", "b2", "b3")] == [2, 1, 1]
+    assert reopen(ledger, ["b3-0", "b3-1"], owner="") == ["queued", "queued"]
+    assert ledger.read("b3").round == 2
+
+
+def test_a_retry_needs_room_in_the_queue(ledger: Any) -> None:
+    """All of the jobs that could be retried fit, or none is queued; a job that is named twice counts once."""
+    ledger.accept("b1", ["qwen"] * 3)
+    ledger.run(ledger.api.cancel("ana", ["b1-0", "b1-1"]))
+    assert reopen(ledger, ["b1-0", "b1-1", "b1-2"], max_open_jobs=2) == ["full", "full", "open"]
+    assert ledger.read("b1").counts["cancelled"] == 2
+    assert reopen(ledger, ["b1-0", "b1-0"], max_open_jobs=2) == ["queued", "open"]
+    assert reopen(ledger, ["b1-1"], max_open_jobs=3) == ["queued"]
 
 
 def test_renewing_revives_a_lease_that_nobody_took(ledger: Any) -> None:
@@ -356,5 +351,5 @@ def test_another_schema_is_refused(ledger: Any) -> None:
     """A ledger of another version is not touched, and the message names both versions."""
     ledger.run(ledger.api.check_schema())
     ledger.client.set(f"{ledger.prefix}:schema", "0")
-    with pytest.raises(ConfigError, match="has schema 0; this version reads 1"):
+    with pytest.raises(ConfigError, match="has schema 0; this version reads 2"):
         ledger.run(ledger.api.check_schema())

@@ -1,92 +1,25 @@
-"""The ledger when replies are lost, Redis is full, forgetful or away, and when texts are hostile."""
+"""The ledger when Redis is full, forgetful or away, and when texts are hostile."""
 
 import asyncio
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from redis.exceptions import ResponseError
 
 from server.errors import LedgerUnavailable
-from server.jobs import Job, JobStatus
+from server.jobs import Job, JobStatus, Webhook
 from server.ledger import api_side, worker_side
-from server.ledger.records import UploadRecord
-from server.ledger.scripts import unavailable
+from server.ledger.scripts import script_text, unavailable
 from server.ledger.status import WorkerStatus
 from server.ledger.worker_side import HeldJob, WorkerLedger
 from server.settings import RedisSettings
-
-
-class ReplyLoser:
-    """A TCP proxy before Redis that lets scripts run and can lose their replies, closing the connection instead."""
-
-    def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self._redis_address = (parts.hostname, parts.port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}/0"
-        self.num_to_lose = 0
-        self._sockets: list[socket.socket] = []
-        self._threads: list[threading.Thread] = []
-        self._run(self._accept)
-
-    def _run(self, target: Callable[..., None], *args: Any) -> None:
-        self._threads.append(threading.Thread(target=target, args=args))
-        self._threads[-1].start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._redis_address)
-                self._sockets += [client, server]
-                losing = threading.Event()
-                self._run(self._carry_requests, client, server, losing)
-                self._run(self._carry_replies, client, server, losing)
-
-    def _carry_requests(self, client: socket.socket, server: socket.socket, losing: threading.Event) -> None:
-        with suppress(OSError):
-            while data := client.recv(65536):
-                if b"EVALSHA" in data and self.num_to_lose:
-                    self.num_to_lose -= 1
-                    losing.set()
-                server.sendall(data)
-        self._shut(client, server)
-
-    def _carry_replies(self, client: socket.socket, server: socket.socket, losing: threading.Event) -> None:
-        with suppress(OSError):
-            while (data := server.recv(65536)) and not losing.is_set():
-                client.sendall(data)
-        self._shut(client, server)
-
-    @staticmethod
-    def _shut(*sockets: socket.socket) -> None:
-        for one in sockets:
-            with suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close every connection and wait for the threads."""
-        self._shut(self._listener, *self._sockets)
-        for thread in self._threads:
-            thread.join(10)
-        for one in (self._listener, *self._sockets):
-            one.close()
-
-
-@pytest.fixture
-def loser(ledger: Any) -> Iterator[ReplyLoser]:
-    """Give a proxy before the ledger's Redis."""
-    proxy = ReplyLoser(ledger.url)
-    yield proxy
-    proxy.close()
+from tests.integration.ledger.kit import record
 
 
 @pytest.fixture
@@ -99,49 +32,6 @@ def full_redis(ledger: Any) -> Iterator[Any]:
 def settings_of(url: str) -> RedisSettings:
     """Describe a Redis that is given up soon."""
     return RedisSettings(url=url, timeout_seconds=2.0)
-
-
-def test_a_submission_whose_reply_is_lost_is_accepted_once(ledger: Any, loser: ReplyLoser) -> None:
-    """The client's own further try, and the caller's after that, find the batch that the first call wrote."""
-    ledger.accept("warm", ["flux"])  # Redis knows the script
-    batch = ledger.batch("b1", ["qwen", "qwen"])
-    ledger.announce_uploads(batch)
-
-    async def submit() -> str:
-        through_proxy = api_side.ApiLedger(api_side.connect(settings_of(loser.url)), key_prefix=ledger.prefix)
-        try:
-            return (await through_proxy.submit(batch, records_ttl_seconds=950, max_open_jobs=3)).kind
-        finally:
-            await through_proxy.close()
-
-    loser.num_to_lose = 2
-    with pytest.raises(LedgerUnavailable):
-        ledger.run(submit())
-    assert loser.num_to_lose == 0
-    loser.num_to_lose = 1
-    assert ledger.run(submit()) == "accepted"
-    assert loser.num_to_lose == 0
-    assert ledger.read("b1").counts["queued"] == 2
-    assert ledger.client.llen(f"dramatiq:{ledger.prefix}.qwen") == 2
-
-
-def test_a_claim_whose_reply_is_lost_is_repeated(ledger: Any, loser: ReplyLoser) -> None:
-    """The next call gets the job that the lost one took, with the same fence; the call after it gets another."""
-    ledger.accept("b1", ["qwen", "qwen"])
-    with closing(worker_side.connect(settings_of(loser.url))) as client:
-        worker = WorkerLedger(client, worker_id="w1", key_prefix=ledger.prefix, lease_seconds=650)
-        assert worker.claim(["flux"], num_held=0) is None  # Redis knows the script
-
-        loser.num_to_lose = 3
-        with pytest.raises(LedgerUnavailable):
-            worker.claim(["qwen"], num_held=0)
-        assert loser.num_to_lose == 0
-        first = worker.claim(["qwen"], num_held=0)
-        second = worker.claim(["qwen"], num_held=1)
-    assert isinstance(first, Job)
-    assert isinstance(second, Job)
-    assert (first.id, first.fence, first.attempts) == ("b1-0", 1, 1)
-    assert second.id == "b1-1"
 
 
 def test_a_lost_claim_is_not_answered_with_a_job_that_went_elsewhere(ledger: Any) -> None:
@@ -167,9 +57,8 @@ def test_accepted_work_drains_while_memory_is_full(ledger: Any, full_redis: Any)
     batch = ledger.batch("b2", ["qwen"])
     with pytest.raises(LedgerUnavailable, match="maxmemory"):
         ledger.submit(batch)
-    record = UploadRecord("u1", "ana", "u1", "secret plan.jpg", "image/jpeg", 9)
     with pytest.raises(LedgerUnavailable, match=r"^Redis does not serve: command not allowed") as refused:
-        ledger.run(ledger.api.create_uploads([record], ttl_seconds=100))
+        ledger.announce([record("u1", filename="secret plan.jpg")])
     assert "secret" not in refused.value.detail
 
     jobs = [ledger.claim(["qwen"]) for _ in range(4)]
@@ -181,12 +70,64 @@ def test_accepted_work_drains_while_memory_is_full(ledger: Any, full_redis: Any)
     given_back = worker.retry(jobs[2].id, 1, delay_seconds=5, counts=True, max_errors=3, code="x", detail="y")
     assert given_back == "ok"
     assert ledger.run(ledger.api.cancel("ana", [jobs[3].id, "b1-4"])) == ["requested", "cancelled"]
-    assert ledger.run(ledger.api.reopen("ana", "b1", ["b1-4"])) == ["b1-4"]
+    assert ledger.run(ledger.api.reopen("ana", ["b1-4"], max_open_jobs=99)) == ["queued"]
     ledger.pass_time(100)
     assert ledger.sweep(["qwen"]).due == 1
     assert worker.backlog(["qwen"])["qwen"].num_ready == 2
     assert ledger.read("b1").counts["succeeded"] == 1
     worker.leave()
+
+
+def test_what_frees_memory_goes_on_while_it_is_full(ledger: Any, full_redis: Any) -> None:
+    """Expiry, deletion, the trash and webhooks work; so do lists and events."""
+    ledger.finish("b1", ["qwen"], hook=True)
+    ledger.finish("b2", ["qwen"], hook=True)
+    full_redis()
+    api = ledger.api
+    [first, _] = ledger.run(api.take_webhooks(limit=9, lease_seconds=60))
+    outcome = {"outcome": "retrying", "http_status": None, "detail": "refused", "delay_seconds": 9}
+    ledger.run(api.note_delivery(first.batch.id, 1, 1, **outcome))
+    assert len(ledger.read(first.batch.id).webhook.deliveries) == 1
+    assert len(ledger.run(api.list_batches("ana", status=None, label=None, limit=9, cursor=None)).items) == 2
+    assert len(ledger.run(api.list_jobs("ana", status=None, model=None, limit=9, cursor=None)).items) == 2
+    assert len(ledger.run(api.read_events("b1", "0-0")).events) == 3
+    assert ledger.run(api.delete_batch("ana", "b1")) == "deleted"
+    ledger.pass_time(2000)
+    assert ledger.expire() == {"inputs": 1, "outputs": 1, "records": 1, "uploads": 2}
+    assert len(ledger.trash()) == 4
+
+
+# Reading scripts that Redis refuses to let write.
+READERS = ("read_batch", "read_jobs", "list_batches", "list_jobs", "read_events", "backlog")
+
+
+def test_reading_writes_nothing(ledger: Any) -> None:
+    """Redis itself would refuse it; and what is stored is the same after every kind of reading."""
+    ledger.finish("b1", ["qwen"], hook=True)
+    ledger.accept("b2", ["qwen"])
+    ledger.worker().renew([HeldJob(ledger.claim(["qwen"]).id, 1, 3, 8)])
+    for name in READERS:
+        assert script_text(name).startswith("#!lua flags=no-writes\n")
+    changed = ledger.client.info("persistence")["rdb_changes_since_last_save"]
+    api = ledger.api
+    for call in (
+        api.read_batch("b2"),
+        api.read_batch("b-none"),
+        api.read_job("b1-0"),
+        api.read_events("b2", "0-0"),
+        api.read_events("b2", "12-34"),
+        api.list_batches("ana", status=None, label="x", limit=9, cursor=None),
+        api.list_jobs(None, status=JobStatus.RUNNING, model=None, limit=1, cursor=None),
+        api.workers(),
+        api.changes_position(),
+        api.get_uploads("ana", ["b1-upload-0"]),
+        api.find_idempotent("ana", "key"),
+    ):
+        ledger.run(call)
+    ledger.worker().backlog(["qwen"])
+    assert ledger.client.info("persistence")["rdb_changes_since_last_save"] == changed
+    ledger.sweep()
+    assert ledger.client.info("persistence")["rdb_changes_since_last_save"] > changed
 
 
 def test_scripts_are_sent_again_when_redis_forgot_them(ledger: Any, full_redis: Any) -> None:
@@ -202,6 +143,8 @@ def test_scripts_are_sent_again_when_redis_forgot_them(ledger: Any, full_redis: 
     assert ledger.commit(job) == "ok"
     ledger.client.script_flush()
     assert ledger.job(job.id).status == JobStatus.SUCCEEDED
+    ledger.client.script_flush()
+    assert ledger.run(ledger.api.delete_batch("ana", "b1")) == "deleted"
 
 
 def test_a_redis_that_refuses_to_write_is_unavailable(ledger: Any) -> None:
@@ -209,9 +152,12 @@ def test_a_redis_that_refuses_to_write_is_unavailable(ledger: Any) -> None:
     ledger.accept("b1", ["qwen"])
     ledger.client.config_set("min-replicas-to-write", 1)
     try:
-        record = UploadRecord("u1", "ana", "u1", "a.jpg", "image/jpeg", 9)
         with pytest.raises(LedgerUnavailable, match=r"^Redis does not serve: NOREPLICAS Not enough good replicas"):
-            ledger.run(ledger.api.create_uploads([record], ttl_seconds=100))
+            ledger.announce([record("u1")])
+        with pytest.raises(LedgerUnavailable, match="NOREPLICAS"):
+            ledger.run(ledger.api.expire())
+        with pytest.raises(LedgerUnavailable, match="NOREPLICAS"):
+            ledger.run(ledger.api.drop_trash(["uploads/u1"]))
         with pytest.raises(LedgerUnavailable, match="NOREPLICAS"):
             ledger.claim(["qwen"])
         with pytest.raises(LedgerUnavailable, match="NOREPLICAS"):
@@ -279,7 +225,7 @@ HOSTILE = (
 def test_any_text_comes_back_unchanged(ledger: Any, text: str) -> None:
     """Prompts, names, labels, metadata and error texts may hold anything that UTF-8 can say."""
     batch = ledger.batch("b1", ["qwen"], prompt=text, negative_prompt=text, name=text, metadata={text: text, "": ""})
-    batch = replace(batch, label=text, metadata={text: text})
+    batch = replace(batch, label=text, metadata={text: text}, webhook=Webhook(text))
     ledger.announce_uploads(batch)
     idempotency = api_side.Idempotency(key=text, body_sha256="aa", answer=text, ttl_seconds=100)
     assert ledger.submit(batch, idempotency=idempotency).kind == "accepted"
@@ -295,6 +241,18 @@ def test_any_text_comes_back_unchanged(ledger: Any, text: str) -> None:
         assert (one.prompt, one.negative_prompt, one.name) == (text, text, text)
         assert one.metadata == {text: text, "": ""}
     assert read.jobs[0].error.detail == text
+
+    # And so do what a webhook's host has answered, the name of a file, and whoever looks for the label.
+    assert ledger.run(ledger.api.cancel("ana", [job.id])) == ["cancelled"]
+    [due] = ledger.run(ledger.api.take_webhooks(limit=1, lease_seconds=60))
+    outcome = {"outcome": "gave_up", "http_status": None, "detail": text, "delay_seconds": None}
+    ledger.run(ledger.api.note_delivery("b1", 1, 1, **outcome))
+    assert due.batch.webhook.url == text
+    assert ledger.read("b1").webhook.deliveries[0].detail == text
+    ledger.announce([record("u1", filename=text)])
+    assert ledger.upload("u1").filename == text
+    found = ledger.run(ledger.api.list_batches("ana", status=None, label=text, limit=9, cursor=None))
+    assert [one.label for one in found.items] == [text]
 
 
 def test_what_is_no_text_is_refused_whole_or_escaped(ledger: Any) -> None:
@@ -370,6 +328,7 @@ def test_more_calls_than_connections_wait_their_turn(ledger: Any) -> None:
 
 def test_bells_do_not_pile_up(ledger: Any) -> None:
     """Where no worker listens, a hundred bells wait for a model at most, however many jobs are submitted."""
+    ledger.client.sadd(f"{ledger.prefix}:workers", *(f"w{number}" for number in range(40)))
     for number in range(4):
         ledger.accept(f"b{number}", ["qwen"] * 40)
     assert ledger.client.llen(f"dramatiq:{ledger.prefix}.qwen") == 100

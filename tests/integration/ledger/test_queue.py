@@ -47,16 +47,17 @@ def test_our_message_is_the_one_that_dramatiq_writes(ledger: Any) -> None:
     client = ledger.raw_client
     ledger.accept("b1", ["qwen"])
     our_id, ours = stored_message(client, QUEUE)
-    our_types = {key: client.type(key) for key in client.keys("dramatiq:*")}
+    # Workers of other ledgers may listen beside this one.
+    pattern = f"dramatiq:*{QUEUE}*"
+    our_types = {key: client.type(key) for key in client.keys(pattern)}
     client.delete(*our_types)
 
     broker = create_broker(client)
     declare_ring(broker, lambda _model: None, QUEUE)
     broker.enqueue(broker.get_actor(ACTOR_NAME).message("qwen"))
     their_id, theirs = stored_message(client, QUEUE)
-    # An enqueueing Dramatiq also notes its own heartbeat: a bell of ours comes from no worker.
-    client.delete("dramatiq:__heartbeats__")
-    assert {key: client.type(key) for key in client.keys("dramatiq:*")} == our_types
+    # An enqueueing Dramatiq also notes its own heartbeat, under another name: a bell of ours comes from no worker.
+    assert {key: client.type(key) for key in client.keys(pattern)} == our_types
 
     assert ours["options"] == {"redis_message_id": our_id.decode()}
     assert theirs["options"] == {"redis_message_id": their_id.decode()}
@@ -72,9 +73,32 @@ def test_our_message_is_the_one_that_dramatiq_writes(ledger: Any) -> None:
 
 def test_every_bell_of_a_batch_has_an_id_of_its_own(ledger: Any) -> None:
     """Fifty jobs accepted in one script are fifty messages."""
+    ledger.client.sadd(f"{ledger.prefix}:workers", *(f"w{number}" for number in range(50)))
     ledger.accept("b1", ["qwen"] * 50)
     ids = ledger.raw_client.lrange(f"dramatiq:{QUEUE}", 0, -1)
     assert len(set(ids)) == ledger.raw_client.hlen(f"dramatiq:{QUEUE}.msgs") == 50
+
+
+def test_no_more_bells_are_rung_than_there_are_workers(ledger: Any) -> None:
+    """Each worker claims until nothing is ready; where none is known, one bell waits for the first."""
+    ledger.accept("b1", ["qwen"] * 20)
+    assert ledger.client.llen(f"dramatiq:{QUEUE}") == 1
+    ledger.client.sadd(f"{ledger.prefix}:workers", "w1", "w2", "w3")
+    ledger.accept("b2", ["qwen"] * 20)
+    assert ledger.client.llen(f"dramatiq:{QUEUE}") == 1 + 3
+    ledger.accept("b3", ["qwen"] * 2)
+    assert ledger.client.llen(f"dramatiq:{QUEUE}") == 1 + 3 + 2
+
+
+def test_a_retry_rings_for_each_job(ledger: Any) -> None:
+    """What a user queues again wakes workers as what was just submitted does."""
+    ledger.accept("b1", ["qwen", "flux"])
+    ledger.run(ledger.api.cancel("ana", ["b1-0", "b1-1"]))
+    ledger.client.delete(*ledger.client.keys("dramatiq:*"))
+    assert ledger.run(ledger.api.reopen("ana", ["b1-0", "b1-1"], max_open_jobs=9)) == ["queued", "queued"]
+    for model in ("qwen", "flux"):
+        _, message = stored_message(ledger.raw_client, f"restage.{model}")
+        assert message["args"] == [model]
 
 
 def test_a_dramatiq_worker_answers_the_bells(

@@ -26,7 +26,7 @@ from server.ledger.api_side import ApiLedger
 from server.ledger.records import UploadRecord
 from server.ledger.status import WorkerStatus
 from server.registry import Registry, load_registry
-from server.settings import Settings, load_settings
+from server.settings import RetentionSettings, Settings, load_settings
 from server.store import Store
 
 OWNER = "ana"
@@ -219,8 +219,8 @@ class Workers:
             for job in jobs
             for one in job.inputs
         ]
-        self.wait(self.api.create_uploads(records, ttl_seconds=600))
-        result = self.wait(self.api.submit(batch, records_ttl_seconds=600, max_open_jobs=1000))
+        self.wait(self.api.announce_uploads(records, form_ttl_seconds=60, unused_ttl_seconds=600, offer_seconds=600))
+        result = self.wait(self.api.submit(batch, retention=RetentionSettings(), max_open_jobs=1000))
         assert result.kind == "accepted", result
         return [batch.id, *(job.id for job in jobs)]
 

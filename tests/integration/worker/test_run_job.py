@@ -1,14 +1,16 @@
-"""The stage threads in this process, on a real ledger and a real store: results that come too late or must wait."""
+"""The stage threads in this process, on a real ledger and store: files of results, and what is late or must wait."""
 
+import hashlib
+import io
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from server.embedded import EmbeddedStore
-from server.jobs import Job, JobStatus
+from server.jobs import Job, JobStatus, OutputSpec
 from server.ledger.worker_side import WorkerLedger, connect
 from server.store import Store
 
@@ -42,10 +44,10 @@ class RunnerKit:
         )
         self.staged = queue.SimpleQueue()
 
-    def claim(self, **recorded):
-        """Have a job accepted and claimed."""
-        photo = self.workers.upload(self.workers.picture())
-        self.workers.submit(self.workers.job(replace(photo, **recorded)))
+    def claim(self, *, data=None, output=None, **record):
+        """Have a job accepted and claimed; `record` is what its record has besides."""
+        photo = self.workers.upload(self.workers.picture() if data is None else data, sha256=None)
+        self.workers.submit(replace(self.workers.job(photo, output=output), **record))
         job = self.ledger.claim(self.workers.registry.ids, num_held=0)
         assert isinstance(job, Job)
         return self.hand.take(job)
@@ -166,3 +168,123 @@ def test_job_that_met_a_store_away_for_good_costs_nothing(open_runner, workers):
     job = workers.read(in_hand.job.id)
     assert (job.status, job.attempts, job.error) == (JobStatus.QUEUED, 1, None)
     assert workers.field(job.id, "errors") == "0"
+
+
+def sideways_photo(workers):
+    """A photo stored lying, 96 x 192, that its EXIF turns to 192 x 96; it also says where it was taken."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    place = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    place[ExifTags.GPS.GPSLatitude] = (48.0, 8.0, 13.5)
+    place[ExifTags.GPS.GPSDateStamp] = "2024:05:17"
+    return workers.picture(96, 192, file_format="JPEG", exif=exif)
+
+
+def stored(workers, job_id):
+    """Return a job, its result's bytes, and the content type that the store has for it."""
+    job = workers.read(job_id)
+    assert job.output is not None, job
+    with workers.store._client.get_object("restage-outputs", job.output.key) as response:
+        return job, response.read(), response.headers["Content-Type"]
+
+
+@pytest.mark.parametrize(
+    ("image_format", "content_type", "suffix"),
+    [("webp", "image/webp", "webp"), ("png", "image/png", "png"), ("jpeg", "image/jpeg", "jpg")],
+)
+def test_result_is_written_as_asked(open_runner, workers, image_format, content_type, suffix):
+    """Each format has its type, its suffix and both sizes; the sides are those of the upright photo."""
+    kit = open_runner(workers.store)
+    for size, expected in (("model", (96, 176)), ("input", (96, 192))):
+        in_hand = kit.claim(data=sideways_photo(workers), output=OutputSpec(format=image_format, size=size))
+        kit.stage(in_hand)
+        kit.finish(in_hand)
+
+        job, data, stored_type = stored(workers, in_hand.job.id)
+        assert job.output.key == f"{job.id}/1/output.{suffix}"
+        assert (job.output.content_type, stored_type) == (content_type, content_type)
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.format, image.size) == (image_format.upper(), expected)
+        assert (job.output.width, job.output.height) == expected
+        assert b"2024:05:17" not in data
+
+
+def test_result_says_how_it_was_made(open_runner, workers):
+    """The file holds the job's record as it was run: with the photo's true sides and its true sha256."""
+    from pipelines.provenance import read_record
+
+    kit = open_runner(workers.store)
+    record = {
+        "prompt": 'a "bright" & <calm> 居間',
+        "negative_prompt": "clutter",
+        "loras": ({"id": "oak", "scale": 1.0},),
+    }
+    photo = sideways_photo(workers)
+    in_hand = kit.claim(data=photo, output=OutputSpec(format="jpeg"), **record)
+    kit.stage(in_hand)
+    kit.finish(in_hand)
+
+    job, data, _ = stored(workers, in_hand.job.id)
+    assert (job.params["height"], job.params["width"]) == (176, 96)
+    assert read_record(data) == {
+        "job_id": job.id,
+        "model": workers.FLUX,
+        "model_version": workers.registry.get(workers.FLUX).version,
+        "prompt": record["prompt"],
+        "negative_prompt": "clutter",
+        "params": job.params,
+        "loras": [{"id": "oak", "scale": 1.0}],
+        "input_sha256": [hashlib.sha256(photo).hexdigest()],
+    }
+
+
+@pytest.mark.parametrize("image_format", ["webp", "png", "jpeg"])
+def test_result_without_metadata_holds_pixels_alone(open_runner, workers, image_format):
+    """With `metadata` false nothing in the file says who made it or from what."""
+    from pipelines.photos import encode_photo
+
+    kit = open_runner(workers.store)
+    in_hand = kit.claim(data=sideways_photo(workers), output=OutputSpec(format=image_format, metadata=False))
+    kit.stage(in_hand)
+    kit.finish(in_hand)
+
+    _, data, _ = stored(workers, in_hand.job.id)
+    with Image.open(io.BytesIO(data)) as image:
+        assert {"xmp", "exif", "XML:com.adobe.xmp"}.isdisjoint(image.info)
+    assert data == encode_photo(Image.new("RGB", (96, 176)), image_format)
+
+
+def test_prompts_too_long_for_a_jpeg_cost_the_job_nothing(open_runner, workers):
+    """A record that a JPEG cannot hold loses its longest part, and the job succeeds."""
+    from pipelines.provenance import read_record
+
+    kit = open_runner(workers.store)
+    in_hand = kit.claim(output=OutputSpec(format="jpeg"), prompt="&" * 100_000)
+    kit.stage(in_hand)
+    kit.finish(in_hand)
+
+    job, data, _ = stored(workers, in_hand.job.id)
+    assert job.status is JobStatus.SUCCEEDED
+    found = read_record(data) or {}
+    assert (found["left_out"], found["params"]["seed"]) == (["prompt"], 7)
+
+
+def test_result_with_a_side_too_long_for_its_format_fails_by_name(open_runner, workers):
+    """A WEBP ends at 16383 pixels a side: the job fails at once with a way out, and leaves no object."""
+    kit = open_runner(workers.store)
+    longest, too_long = (
+        kit.claim(data=workers.picture(400, width), output=OutputSpec(format="webp", size="input"))
+        for width in (16383, 16384)
+    )
+    for in_hand in (longest, too_long):
+        kit.stage(in_hand)
+        kit.runner.finish(in_hand, Image.new("RGB", (in_hand.params["width"], in_hand.params["height"])))
+    assert kit.hand.wait_empty(60)
+
+    fits = workers.read(longest.job.id)
+    assert (fits.output.width, fits.output.height) == (16383, 400)
+    failed = workers.read(too_long.job.id)
+    assert (failed.status, failed.error.code, failed.attempts) == (JobStatus.FAILED, "invalid_input", 1)
+    assert "at most 16383 pixels a side" in failed.error.detail
+    assert "png" in failed.error.detail
+    assert workers.outputs(failed.id) == []

@@ -1,0 +1,136 @@
+"""The model's answers to workers: claims, what happens to a held job, and what a worker announces."""
+
+from tests.integration.ledger.kit import LEASE_SECONDS
+from tests.integration.ledger.model_moves import PRIORITIES, ModelMoves
+from tests.integration.ledger.model_records import Announced, ModelJob
+
+CLAIM_SECONDS = 60
+ANNOUNCED_SECONDS = 30
+SPEED_SECONDS = 30 * 24 * 3600
+MAX_ERRORS = 2
+
+Hand = tuple[str, int]
+
+
+class ModelWorkers(ModelMoves):
+    """The calls of workers."""
+
+    def claim(self, worker: str, token: str, models: list[str], num_held: int) -> ModelJob | str | None:
+        """Expect the job that a claim must hand out, "alone", or None."""
+        self.call += 1
+        if worker in self.claims and self.claims[worker][0] == token:
+            again = self.jobs.get(self.claims[worker][1])
+            return again if again and again.status == "running" and again.worker == worker else None
+        for priority in PRIORITIES:
+            waiting = [
+                (place, self.ready(owner, model, priority)[0])
+                for model in models
+                for owner, place in self.lines.get((model, priority), {}).items()
+            ]
+            if waiting:
+                job = min(waiting, key=lambda one: (one[0], one[1].age))[1]
+                if job.suspect and num_held:
+                    return "alone"
+                self._hand_out(job, worker, models)
+                self.claims[worker] = (token, job.id, self.now + CLAIM_SECONDS)
+                return job
+        return None
+
+    def _hand_out(self, job: ModelJob, worker: str, models: list[str]) -> None:
+        self.move(job, "running")
+        job.attempts += 1
+        job.fence += 1
+        job.worker, job.error, job.step = worker, None, None
+        job.lease_until = self.now + LEASE_SECONDS
+        self.line_up(job)
+        for model in models:
+            line = self.lines.get((model, job.batch.priority), {})
+            if job.batch.owner in line:
+                line[job.batch.owner] = (self.call, 0)
+        job.batch.status, job.batch.is_started = "running", True
+        self.tell_job(job, "started")
+
+    def start(self, job_id: str, fence: int, *, on_device: bool) -> str:
+        """Expect the answer to START."""
+        self.call += 1
+        if not (job := self.held(job_id, fence)):
+            return "lost"
+        job.on_device = on_device
+        return "cancelled" if job.cancel else "ok"
+
+    def renew(self, held: list[tuple[str, int, int | None]]) -> list[str]:
+        """Expect the answers to RENEW of (job, fence, step)."""
+        self.call += 1
+        replies: list[str] = []
+        for job_id, fence, step in held:
+            if not (job := self.held(job_id, fence)):
+                replies.append("lost")
+                continue
+            job.lease_until, job.changed = self.now + LEASE_SECONDS, self.call
+            if step is not None and step != job.step:
+                job.step = step
+                self.announce_change(job.batch.id)
+            replies.append("cancelled" if job.cancel else "ok")
+        return replies
+
+    def commit(self, job_id: str, fence: int, speeds: dict[str, float]) -> str:
+        """Expect the answer to COMMIT."""
+        self.call += 1
+        job = self.jobs.get(job_id)
+        if job and job.status == "succeeded" and job.fence == fence:
+            return "ok"
+        if not (job := self.held(job_id, fence)):
+            return "lost"
+        if job.cancel:
+            self.end(job, "cancelled")
+            return "cancelled"
+        job.output, job.params, job.has_timings = f"{job.try_name.partition('/')[2]}output.webp", {"seed": 7}, True
+        self.end(job, "succeeded")
+        self._measure(job.model, speeds)
+        return "ok"
+
+    def _measure(self, model: str, speeds: dict[str, float]) -> None:
+        if not speeds:
+            return
+        measured = dict(self.speeds[model][0]) if model in self.speeds else {}
+        for name, seconds in speeds.items():
+            new = 0.8 * float(measured[name]) + 0.2 * seconds if name in measured else seconds
+            measured[name] = f"{new:.6g}"
+        self.speeds[model] = measured, self.now + SPEED_SECONDS
+
+    def fail(self, job_id: str, fence: int, error: tuple[str, str]) -> str:
+        """Expect the answer to FAIL."""
+        self.call += 1
+        job = self.jobs.get(job_id)
+        if job and job.fence == fence and job.status in {"failed", "cancelled"}:
+            return "ok" if job.status == "failed" else "cancelled"
+        if not (job := self.held(job_id, fence)):
+            return "lost"
+        job.has_timings = True
+        if job.cancel:
+            self.end(job, "cancelled")
+            return "cancelled"
+        self.end(job, "failed", error)
+        return "ok"
+
+    def retry(self, job_id: str, fence: int, delay_seconds: float, error: tuple[str, str], *, counts: bool) -> str:
+        """Expect the answer to RETRY."""
+        self.call += 1
+        if not (job := self.held(job_id, fence)):
+            return "lost"
+        if job.cancel:
+            self.end(job, "cancelled")
+            return "cancelled"
+        if counts:
+            job.errors += 1
+            if job.errors == MAX_ERRORS:
+                self.end(job, "failed", error)
+                return "failed"
+            job.error = error
+        self.queue_again(job, delay_seconds)
+        return "ok"
+
+    def announce(self, worker: str, models: dict[str, bool]) -> None:
+        """Hear what a worker serves."""
+        self.call += 1
+        self.workers[worker] = Announced(models, self.now + ANNOUNCED_SECONDS)
