@@ -6,6 +6,7 @@ ServerError
 └─ ConfigError        at boot only, never over HTTP
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,11 +22,17 @@ class FieldError:
 
 @dataclass(frozen=True)
 class ItemError:
-    """Why one item of a request was refused while others went on."""
+    """Why one item of a request was refused while others went on, and where (JSON pointer) the mistake stands."""
 
     index: int
+    location: str
     code: str
     detail: str
+
+
+def json_pointer(path: Sequence[str | int]) -> str:
+    """Write a path as a JSON pointer (RFC 6901); "" is the whole document."""
+    return "".join("/" + str(step).replace("~", "~0").replace("/", "~1") for step in path)
 
 
 class ServerError(Exception):
@@ -131,16 +138,15 @@ class InvalidRequest(RequestError):
 
 
 class NothingAccepted(RequestError):
-    """Raised when every item of a request was refused; `field` is the list in the body that they stand in."""
+    """Raised when every item of a request was refused."""
 
     code = "nothing_accepted"
     title = "No item was accepted"
     http_status = 422
 
-    def __init__(self, detail: str, item_errors: tuple[ItemError, ...] = (), *, field: str = "items") -> None:
+    def __init__(self, detail: str, item_errors: tuple[ItemError, ...] = ()) -> None:
         super().__init__(detail)
         self.item_errors = item_errors
-        self.field = field
 
 
 class DependencyError(ServerError):

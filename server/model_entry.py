@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipelines.sizes import MIN_AREA, SizeParams
 from server.config.allowed import allowed_values, explain, shown
 from server.config.files import KeyPath
-from server.errors import FieldError, InvalidRequest
+from server.errors import FieldError, InvalidRequest, json_pointer
+from server.prompts import ModelPresets
 
 MAX_AREA = 4096 * 4096
 # More than any family has.
@@ -28,6 +29,11 @@ class InvalidParams(InvalidRequest):
 
     code = "invalid_params"
     title = "The model does not take these parameters"
+
+    def __init__(self, model: str, errors: tuple[FieldError, ...]) -> None:
+        summary = "; ".join(f"{mistake.location or 'params'} {mistake.detail}" for mistake in errors)
+        super().__init__(f"{model} does not take these parameters: {summary}", errors)
+        self.model = model
 
 
 class Source(BaseModel):
@@ -49,6 +55,7 @@ class ModelEntry(BaseModel):
         area: pixels that the model was trained on; its outputs and what it reads of a photo follow it.
         defaults: parameters for requests that leave them out; they lie over the family's own defaults.
         limits: parameter → [lowest, highest], within the family's own range; `max_input_images` → a number.
+        presets: what this model wants of the prompts otherwise.
         optimizations: empty; nothing reads it yet, and an entry must not promise what does not happen.
         loras: empty, likewise.
     """
@@ -73,6 +80,7 @@ class ModelEntry(BaseModel):
     area: int = Field(ge=MIN_AREA, le=MAX_AREA)
     defaults: dict[str, Any] = {}
     limits: dict[str, Any] = {}
+    presets: ModelPresets = ModelPresets()
     optimizations: dict[str, Any] = Field(default={}, max_length=0)
     loras: list[dict[str, Any]] = Field(default=[], max_length=0)
 
@@ -100,7 +108,7 @@ class ModelEntry(BaseModel):
         """Lay a request's parameters over the entry's defaults and check all of them.
 
         Args:
-            requested: plain JSON values.
+            requested: plain JSON values; null is as good as left out.
 
         Returns:
             An instance of `params_model`.
@@ -108,11 +116,14 @@ class ModelEntry(BaseModel):
         Raises:
             InvalidParams: with one FieldError for each mistake.
         """
-        values = merge_params(self.defaults, requested)
+        known = self.params_model.model_fields
+        # A null under an unknown name stays: it is probably a mistyped one, and is told.
+        given = {name: value for name, value in requested.items() if value is not None or name not in known}
+        values = merge_params(self.defaults, given)
         if len(values) > MAX_PARAMS:
             # Explaining each of them would take seconds.
             mistake = FieldError("", "invalid_value", f"holds {len(values)} parameters; at most {MAX_PARAMS} are read")
-            raise InvalidParams(f"{self.id}: params {mistake.detail}", (mistake,))
+            raise InvalidParams(self.id, (mistake,))
         mistakes: dict[KeyPath, FieldError] = {}
         params = None
         try:
@@ -126,12 +137,11 @@ class ModelEntry(BaseModel):
                 if path and not is_unknown:
                     detail = f"{detail}, not {shown(details['input'])}"
                 code = "unknown_field" if is_unknown else "invalid_value"
-                mistakes[path] = FieldError(_json_pointer(path), code, detail)
+                mistakes[path] = FieldError(_pointer(path), code, detail)
         for name, detail in out_of_bounds(self.params_model, self.bounds, params.model_dump() if params else values):
-            mistakes.setdefault((name,), FieldError(_json_pointer((name,)), "invalid_value", detail))
+            mistakes.setdefault((name,), FieldError(_pointer((name,)), "invalid_value", detail))
         if mistakes or params is None:
-            summary = "; ".join(f"{mistake.location or 'params'} {mistake.detail}" for mistake in mistakes.values())
-            raise InvalidParams(f"{self.id} does not take these parameters: {summary}", tuple(mistakes.values()))
+            raise InvalidParams(self.id, tuple(mistakes.values()))
         return params
 
 
@@ -177,6 +187,6 @@ def out_of_bounds(
             yield name, f"needs {needs}, not {shown(value)}"
 
 
-def _json_pointer(path: KeyPath) -> str:
-    """Write a path as RFC 6901 wants it; a name of absurd length is cut."""
-    return "".join("/" + str(step)[:100].replace("~", "~0").replace("/", "~1") for step in path)
+def _pointer(path: KeyPath) -> str:
+    """Write a path as a JSON pointer; a name of absurd length is cut."""
+    return json_pointer([str(step)[:100] for step in path])

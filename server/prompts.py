@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.config.allowed import explain, shown, suggest
 from server.config.files import ConfigFile, Problem, describe_problem, read_config_file
-from server.errors import ConfigError, InvalidRequest
+from server.errors import ConfigError, FieldError, InvalidRequest
 
 RoomType = Literal[
     "living_room", "bedroom", "kitchen", "bathroom", "dining_room", "office", "entryway", "outdoor", "default"
@@ -17,14 +17,30 @@ Style = Literal["modern", "contemporary", "traditional", "industrial", "scandina
 ROOM_TYPES: Final[tuple[RoomType, ...]] = get_args(RoomType)
 STYLES: Final[tuple[Style, ...]] = get_args(Style)
 
+# Stands once in a model's `presets.wrap`.
+PRESET_PLACEHOLDER: Final = "{preset}"
 _PLACEHOLDERS = ("{room}", "{furnishing}")
 
 
 class UnknownPreset(InvalidRequest):
-    """Raised when a room type or a style is not one of those that there are prompts for."""
+    """Raised when a room type or a style is not one of those that there are prompts for; locations are an item's."""
 
     code = "unknown_preset"
     title = "There is no such room type or style"
+
+
+class ModelPresets(BaseModel):
+    """What one model wants of the prompts otherwise.
+
+    Attributes:
+        wrap: around every prompt, which stands where `PRESET_PLACEHOLDER` is.
+        replace: whole prompts in place of those of prompts.yaml; they are not wrapped.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    wrap: str = PRESET_PLACEHOLDER
+    replace: dict[RoomType, dict[Style, str]] = {}
 
 
 class _Room(BaseModel):
@@ -79,17 +95,30 @@ class Prompts:
             }
         )
 
-    def render(self, room_type: str, style: str) -> str:
+    def render(self, room_type: str, style: str, presets: ModelPresets | None = None) -> str:
         """Give the prompt of a room type and a style.
+
+        Args:
+            room_type: any text.
+            style: likewise.
+            presets: of the model that is to be given the prompt; None for the prompt as it stands in the file.
 
         Raises:
             UnknownPreset: there is no such room type or style.
         """
         if room_type not in ROOM_TYPES:
-            raise UnknownPreset(f"there is no room type {shown(room_type)}; {suggest(room_type, ROOM_TYPES)}")
+            raise _unknown("room_type", f"there is no room type {shown(room_type)}; {suggest(room_type, ROOM_TYPES)}")
         if style not in STYLES:
-            raise UnknownPreset(f"there is no style {shown(style)}; {suggest(style, STYLES)}")
-        return self._texts[room_type, style]
+            raise _unknown("style", f"there is no style {shown(style)}; {suggest(style, STYLES)}")
+        text = self._texts[room_type, style]
+        if presets is None:
+            return text
+        own = presets.replace.get(room_type, {}).get(style)
+        return presets.wrap.replace(PRESET_PLACEHOLDER, text) if own is None else own
+
+
+def _unknown(field: str, detail: str) -> UnknownPreset:
+    return UnknownPreset(detail, (FieldError(f"/{field}", "invalid_value", detail),))
 
 
 def _fill(frame: str, room: str, furnishing: str) -> str:

@@ -20,6 +20,7 @@ from server.model_entry import (
     out_of_bounds,
     params_of_family,
 )
+from server.prompts import PRESET_PLACEHOLDER, ROOM_TYPES, STYLES
 from server.settings import Settings
 
 __all__ = ["InvalidParams", "ModelEntry", "ModelNotFound", "Registry", "load_registry", "merge_params"]
@@ -105,11 +106,14 @@ def _check_entry(file: ConfigFile, index: int, raw: Any) -> Iterator[Problem]:
     except ValidationError as error:
         for details in error.errors(include_url=False):
             path = (index, *details["loc"])
+            if details["loc"][:1] == ("presets",) and details["loc"][-1] == "[key]":
+                continue  # told with what there is by _check_presets
             if details["type"] == "too_long":
                 yield _problem(file, path, None, "is not supported yet; leave it out")
             else:
                 value = None if details["type"] == "missing" else shown(details["input"])
                 yield _problem(file, path, value, explain(details, ModelEntry))
+    yield from _check_presets(file, (index, "presets"), dict(_items(entry.get("presets"))))
     family = entry.get("family")
     if family in families():
         yield from _check_against_family(file, index, entry, params_of_family(family))
@@ -141,6 +145,21 @@ def _check_against_family(
             yield _problem(file, path, shown(details["input"]), explain(details, params_model))
     for name, detail in out_of_bounds(params_model, bounds, values):
         yield _problem(file, (index, "limits", name), None, f"excludes the default: {name} {detail}")
+
+
+def _check_presets(file: ConfigFile, path: KeyPath, presets: Mapping[Any, Any]) -> Iterator[Problem]:
+    wrap = presets.get("wrap")
+    if isinstance(wrap, str) and wrap.count(PRESET_PLACEHOLDER) != 1:
+        yield _problem(file, (*path, "wrap"), None, f"needs {PRESET_PLACEHOLDER} once")
+    for room_type, styles in _items(presets.get("replace")):
+        room_path = (*path, "replace", room_type)
+        if room_type not in ROOM_TYPES:
+            yield _problem(file, room_path, None, f"is unknown; {suggest(str(room_type), ROOM_TYPES)}")
+        for style, prompt in _items(styles):
+            if style not in STYLES:
+                yield _problem(file, (*room_path, style), None, f"is unknown; {suggest(str(style), STYLES)}")
+            elif isinstance(prompt, str) and not prompt.strip():
+                yield _problem(file, (*room_path, style), None, "needs text, not empty")
 
 
 def _items(value: Any) -> list[tuple[Any, Any]]:

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 
 from server.errors import (
     IdempotencyConflict,
@@ -16,15 +17,22 @@ from server.errors import (
     QueueFull,
     RequestError,
 )
-from server.jobs import Batch, Job, JobInput, Priority
+from server.jobs import Batch, Job, JobInput, Priority, Webhook
 from server.ledger.api_side import ApiLedger, Idempotency
 from server.ledger.records import UploadRecord
 from server.settings import Settings
-from server.submit.look import PhotoLook, UploadNotFound
-from server.submit.request import BatchRequest
+from server.submit.files import FileUploads, ReceivedFile
+from server.submit.look import PhotoLook, UploadLost, UploadNotFound
+from server.submit.refusals import ItemRefused, item_error
+from server.submit.request import BatchRequest, Place
 from server.submit.resolve import Draft, Resolver
 
-ID_PATTERN = re.compile(r"[0-9a-f]{32}")
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def is_id(text: str) -> bool:
+    """Whether `text` has the form of our ids. Any other from outside could be part of another key in Redis."""
+    return _ID.fullmatch(text) is not None
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,32 @@ class Submission:
 class Submitter:
     """Accepts batches. Holds nothing between two calls."""
 
-    def __init__(self, settings: Settings, *, resolver: Resolver, look: PhotoLook, ledger: ApiLedger) -> None:
+    def __init__(
+        self, settings: Settings, *, resolver: Resolver, look: PhotoLook, uploads: FileUploads, ledger: ApiLedger
+    ) -> None:
         self._settings = settings
         self._resolver = resolver
         self._look = look
+        self._uploads = uploads
         self._ledger = ledger
 
-    async def submit(self, owner: str, request: BatchRequest, idempotency: IdempotencyKey | None) -> Submission:
+    async def submit(
+        self,
+        owner: str,
+        request: BatchRequest,
+        idempotency: IdempotencyKey | None,
+        files: Mapping[str, ReceivedFile] = MappingProxyType({}),
+        *,
+        key_id: str | None = None,
+    ) -> Submission:
         """Accept the items that can be done, durably, and say of each other one why not.
+
+        Args:
+            owner: whose batch it is.
+            request: its items may name `files`, and nothing else that is not there.
+            idempotency: where the same request may come again.
+            files: of the form that the request came in, by the names of their parts.
+            key_id: whose secret signs the batch's webhook.
 
         Raises:
             NothingAccepted: every item was refused.
@@ -71,15 +97,19 @@ class Submitter:
                 raise _conflict()
             return await self._replay(first[1])
         drafts, errors = self._resolve(request)
+        drafts = await self._store_files(owner, request, drafts, files, errors)
         photos = await self._look_at_photos(owner, drafts)
         jobs: list[Job] = []
         for draft in drafts:
             try:
-                inputs = [_usable(photos[upload_id]) for upload_id in draft.upload_ids]
+                inputs = [
+                    _usable(photos[upload_id], place)
+                    for upload_id, place in zip(draft.upload_ids, draft.photo_places, strict=True)
+                ]
                 jobs.append(draft.complete(inputs, owner=owner, priority=Priority(request.priority)))
-            except RequestError as error:
-                errors.append(_item_error(draft.index, error))
-        return await self._accept(owner, request, jobs, errors, idempotency)
+            except ItemRefused as refused:
+                errors.append(item_error(request, draft.index, refused.error, refused.place))
+        return await self._accept(owner, key_id, request, jobs, errors, idempotency)
 
     def _resolve(self, request: BatchRequest) -> tuple[list[Draft], list[ItemError]]:
         drafts: list[Draft] = []
@@ -87,33 +117,60 @@ class Submitter:
         for index, item in enumerate(request.items):
             try:
                 drafts.append(self._resolver.draft(index, item, request.defaults))
-            except RequestError as error:
-                errors.append(_item_error(index, error))
+            except ItemRefused as refused:
+                errors.append(item_error(request, index, refused.error, refused.place))
         return drafts, errors
+
+    async def _store_files(
+        self,
+        owner: str,
+        request: BatchRequest,
+        drafts: Sequence[Draft],
+        files: Mapping[str, ReceivedFile],
+        errors: list[ItemError],
+    ) -> list[Draft]:
+        """Store what good items name, and nothing else; returns the drafts that have uploads, and adds to `errors`."""
+        named = dict.fromkeys(draft.file for draft in drafts if draft.file is not None)
+        uploads = await self._uploads.store(owner, [files[part] for part in named])
+        ready: list[Draft] = []
+        for draft in drafts:
+            if draft.file is None:
+                ready.append(draft)
+                continue
+            match uploads[draft.file]:
+                case RequestError() as error:
+                    errors.append(item_error(request, draft.index, error, draft.photo_places[0]))
+                case upload_id:
+                    name = draft.name or files[draft.file].filename
+                    ready.append(replace(draft, upload_ids=(upload_id,), name=name))
+        return ready
 
     async def _look_at_photos(self, owner: str, drafts: Sequence[Draft]) -> Mapping[str, JobInput | RequestError]:
         upload_ids = list(dict.fromkeys(upload_id for draft in drafts for upload_id in draft.upload_ids))
-        # Anything else would be part of a key in Redis.
-        known = [upload_id for upload_id in upload_ids if ID_PATTERN.fullmatch(upload_id)]
+        known = [upload_id for upload_id in upload_ids if is_id(upload_id)]
         records: dict[str, UploadRecord | None] = dict.fromkeys(upload_ids)
         if known:
             records |= dict(zip(known, await self._ledger.get_uploads(owner, known), strict=True))
-        return await self._look.look(records)
+        photos = await self._look.look(records)
+        for upload_id in [upload_id for upload_id, photo in photos.items() if isinstance(photo, UploadLost)]:
+            await self._ledger.note_lost_upload(owner, upload_id)
+        return photos
 
     async def _accept(
         self,
         owner: str,
+        key_id: str | None,
         request: BatchRequest,
         jobs: list[Job],
         errors: list[ItemError],
         idempotency: IdempotencyKey | None,
     ) -> Submission:
         while jobs:
-            batch = _new_batch(owner, request, jobs)
+            batch = _new_batch(owner, key_id, request, jobs)
             errors.sort(key=lambda error: error.index)
             result = await self._ledger.submit(
                 batch,
-                records_ttl_seconds=self._settings.retention.records_seconds,
+                retention=self._settings.retention,
                 max_open_jobs=self._settings.limits.max_open_jobs,
                 idempotency=idempotency and self._keep(idempotency, batch.id, errors),
             )
@@ -131,7 +188,7 @@ class Submitter:
                 case "missing_upload":
                     # It expired since we looked. What is left goes under a new id: an id stands for one content.
                     gone = [job for job in jobs if any(one.upload_id == result.text for one in job.inputs)]
-                    errors += [_item_error(job.index, UploadNotFound("the upload has expired")) for job in gone]
+                    errors += [_expired(request, job, result.text) for job in gone]
                     jobs = [job for job in jobs if job not in gone]
         errors.sort(key=lambda error: error.index)
         raise NothingAccepted(f"none of the {len(errors)} item(s) can be done; see errors", tuple(errors))
@@ -160,7 +217,7 @@ class Submitter:
         return Submission(batch, tuple(ItemError(**error) for error in first["errors"]))
 
 
-def _new_batch(owner: str, request: BatchRequest, jobs: Sequence[Job]) -> Batch:
+def _new_batch(owner: str, key_id: str | None, request: BatchRequest, jobs: Sequence[Job]) -> Batch:
     # The id is drawn before the call, so that a call repeated after a lost reply finds its own work.
     batch_id = secrets.token_hex(16)
     now_ms = int(time.time() * 1000)  # shown only where the ledger's own times cannot be read
@@ -170,20 +227,24 @@ def _new_batch(owner: str, request: BatchRequest, jobs: Sequence[Job]) -> Batch:
         priority=Priority(request.priority),
         label=request.label,
         metadata=request.metadata,
+        webhook=None if request.webhook is None else Webhook(request.webhook.url),
+        key_id=key_id,
         counts={"total": len(jobs), "queued": len(jobs), "running": 0, "succeeded": 0, "failed": 0, "cancelled": 0},
         created_at_ms=now_ms,
         jobs=tuple(replace(job, batch_id=batch_id, created_at_ms=now_ms, queued_at_ms=now_ms) for job in jobs),
     )
 
 
-def _usable(found: JobInput | RequestError) -> JobInput:
+def _usable(found: JobInput | RequestError, place: Place) -> JobInput:
     if isinstance(found, RequestError):
-        raise found
+        raise ItemRefused(found, place)
     return found
 
 
-def _item_error(index: int, error: RequestError) -> ItemError:
-    return ItemError(index=index, code=error.code, detail=error.detail)
+def _expired(request: BatchRequest, job: Job, upload_id: str) -> ItemError:
+    number = [one.upload_id for one in job.inputs].index(upload_id)
+    place = request.items[job.index].photo_places[number]
+    return item_error(request, job.index, UploadNotFound("the upload has expired"), place)
 
 
 def _conflict() -> IdempotencyConflict:

@@ -15,7 +15,7 @@ from server.store import ObjectStart, Store
 
 _FIRST_BYTES = 64 * 1024
 # Large previews and colour profiles may stand before a photo's size.
-_MORE_BYTES = 1024 * 1024
+MORE_BYTES = 1024 * 1024
 
 
 class UploadNotFound(RequestError):
@@ -24,6 +24,10 @@ class UploadNotFound(RequestError):
     code: ClassVar[str] = "upload_not_found"
     title: ClassVar[str] = "No such upload"
     http_status: ClassVar[int] = 422
+
+
+class UploadLost(UploadNotFound):
+    """Raised when a photo that was in the store is there no more, whoever took it."""
 
 
 class UploadNotReceived(RequestError):
@@ -103,10 +107,15 @@ class PhotoLook:
         try:
             start, header = self._read_header(record.key)
         except ObjectNotFound as error:
+            if record.etag is not None:
+                raise UploadLost(
+                    "the photo is not in the store any more; ask for a form with POST /v1/uploads and send it again"
+                ) from error
             raise UploadNotReceived(
                 "the file has not arrived in the store; send it to the form's url before naming it in a batch"
             ) from error
-        self._check(start, header)
+        check_file_size(start.size_bytes, self._limits)
+        check_photo_size(header, self._limits)
         return JobInput(
             upload_id=record.id,
             key=record.key,
@@ -125,27 +134,36 @@ class PhotoLook:
         except HeaderIncomplete:
             if start.size_bytes <= len(start.data):
                 raise
-        start = self._store.read_start(key, _MORE_BYTES)
-        try:
-            return start, read_header(start.data)
-        except HeaderIncomplete as error:
-            if start.size_bytes <= len(start.data):
-                raise
-            raise DamagedHeader(
-                f"the photo does not tell its size within its first {_MORE_BYTES} bytes; export it again"
-            ) from error
+        start = self._store.read_start(key, MORE_BYTES)
+        return start, read_last_header(start.data, start.size_bytes)
 
-    def _check(self, start: ObjectStart, header: PhotoHeader) -> None:
-        limits = self._limits
-        if start.size_bytes > limits.max_upload_bytes:
-            raise FileTooLarge(f"the file has {start.size_bytes} bytes; at most {limits.max_upload_bytes} are allowed")
-        if min(header.height, header.width) < limits.min_image_side:
-            raise PhotoTooSmall(
-                f"the photo has {header.width} x {header.height} pixels; "
-                f"each side needs at least {limits.min_image_side}"
-            )
-        if header.height * header.width > limits.max_image_pixels:
-            raise PhotoTooLarge(
-                f"the photo has {header.width} x {header.height} pixels; "
-                f"at most {limits.max_image_pixels} in all are allowed"
-            )
+
+def read_last_header(data: bytes, size_bytes: int) -> PhotoHeader:
+    """Tell format and size of a photo of `size_bytes` from `MORE_BYTES` of it, or all; raises as `read_header` does."""
+    try:
+        return read_header(data)
+    except HeaderIncomplete as error:
+        if size_bytes <= len(data):
+            raise
+        raise DamagedHeader(
+            f"the photo does not tell its size within its first {MORE_BYTES} bytes; export it again"
+        ) from error
+
+
+def check_file_size(size_bytes: int, limits: LimitsSettings) -> None:
+    """Refuse a file that is too large; raises FileTooLarge."""
+    if size_bytes > limits.max_upload_bytes:
+        raise FileTooLarge(f"the file has {size_bytes} bytes; at most {limits.max_upload_bytes} are allowed")
+
+
+def check_photo_size(header: PhotoHeader, limits: LimitsSettings) -> None:
+    """Refuse a photo with too few or too many pixels; raises PhotoTooSmall or PhotoTooLarge."""
+    if min(header.height, header.width) < limits.min_image_side:
+        raise PhotoTooSmall(
+            f"the photo has {header.width} x {header.height} pixels; each side needs at least {limits.min_image_side}"
+        )
+    if header.height * header.width > limits.max_image_pixels:
+        raise PhotoTooLarge(
+            f"the photo has {header.width} x {header.height} pixels; "
+            f"at most {limits.max_image_pixels} in all are allowed"
+        )

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 from pipelines.errors import BadInput
 from pipelines.sizes import MAX_OUTPUT_SIDES, SizeParams, check_photo_size
+from server.config.allowed import shown, suggest
 from server.errors import RequestError
 from server.jobs import Job, JobInput, OutputSpec, Priority
 from server.model_entry import ModelEntry
 from server.prompts import Prompts
 from server.registry import Registry
-from server.submit.request import ItemRequest, ItemSettings, merge_settings, output_spec
+from server.submit.refusals import ItemRefused, about
+from server.submit.request import ItemRequest, ItemSettings, LoraRequest, Place, merge_settings, output_spec
 
 DEFAULT_ROOM_TYPE = "default"
 DEFAULT_STYLE = "modern"
@@ -34,6 +36,14 @@ class NegativePromptNotSupported(RequestError):
     http_status = 422
 
 
+class UnknownLora(RequestError):
+    """Raised when an item names a LoRA that its model does not have."""
+
+    code = "unknown_lora"
+    title = "The model has no such LoRA"
+    http_status = 422
+
+
 class TooManyPhotos(RequestError):
     """Raised when an item names more photos than its model reads at once."""
 
@@ -52,15 +62,22 @@ class UnusableShape(RequestError):
 
 @dataclass(frozen=True)
 class Draft:
-    """An item whose every setting is known but for what depends on its photos."""
+    """An item whose every setting is known but for what depends on its photos.
+
+    `file` is the part of the form whose upload is yet to be named in `upload_ids`; `photo_places` says for each photo
+    where the item names it.
+    """
 
     index: int
     upload_ids: tuple[str, ...]
+    file: str | None
     entry: ModelEntry
     params: SizeParams
     prompt: str
     negative_prompt: str | None
+    loras: tuple[LoraRequest, ...]
     output_spec: OutputSpec
+    photo_places: tuple[Place, ...]
     name: str | None
     metadata: dict[str, str]
 
@@ -73,21 +90,17 @@ class Draft:
             priority: of the batch.
 
         Raises:
-            UnusableShape: a photo is too narrow for the model, or too long for the format it shall be written in.
+            ItemRefused: a photo is too narrow for the model, or too long for the format it shall be written in.
         """
         first = inputs[0]
-        longest = MAX_OUTPUT_SIDES[self.output_spec.format]
-        if self.output_spec.size == "input" and max(first.height, first.width) > longest:
-            raise UnusableShape(
-                f"{self.output_spec.format} holds at most {longest} pixels a side, and the photo has "
-                f"{first.width} x {first.height}; ask for png, or for the model's own size"
-            )
-        try:
-            for photo in inputs:
-                check_photo_size(photo.height, photo.width)
-            params = self.params.resolved(first.height, first.width, self.entry.area, secrets.randbits(_SEED_BITS))
-        except BadInput as error:
-            raise UnusableShape(str(error)) from error
+        if self.output_spec.size == "input":
+            self._check_result(first.height, first.width, "ask for png, or for the model's own size")
+        for photo, place in zip(inputs, self.photo_places, strict=True):
+            with about(*place):
+                _check_shape(photo)
+        params = self.params.resolved(first.height, first.width, self.entry.area, secrets.randbits(_SEED_BITS))
+        if self.output_spec.size == "model":
+            self._check_result(params["height"], params["width"], "ask for png")
         return Job(
             id=secrets.token_hex(16),
             batch_id="",
@@ -98,12 +111,22 @@ class Draft:
             prompt=self.prompt,
             negative_prompt=self.negative_prompt,
             params=params,
+            loras=tuple(lora.model_dump() for lora in self.loras),
             inputs=tuple(inputs),
             output_spec=self.output_spec,
             name=self.name,
             metadata=self.metadata,
             priority=priority,
         )
+
+    def _check_result(self, height: int, width: int, remedy: str) -> None:
+        longest = MAX_OUTPUT_SIDES[self.output_spec.format]
+        if max(height, width) > longest:
+            detail = (
+                f"{self.output_spec.format} holds at most {longest} pixels a side, and the result would have "
+                f"{width} x {height}; {remedy}"
+            )
+            raise ItemRefused(UnusableShape(detail), ("output", "size"))
 
 
 class Resolver:
@@ -119,33 +142,44 @@ class Resolver:
         """Decide all that can be decided without the photo.
 
         Raises:
-            RequestError: the item asks for something that there is not; `code` and `detail` go to the client.
+            ItemRefused: the item asks for something that there is not.
         """
         settings = merge_settings(defaults, item)
-        entry = self._registry.get(settings.model if settings.model is not None else self._default_model)
+        with about("model"):
+            entry = self._registry.get(settings.model if settings.model is not None else self._default_model)
         if len(item.sources) > entry.max_input_images:
-            raise TooManyPhotos(
+            detail = (
                 f"model {entry.id} reads at most {entry.max_input_images} photo(s) at once, not {len(item.sources)}"
             )
-        params = entry.resolve_params(settings.params or {})
+            raise ItemRefused(TooManyPhotos(detail), ("upload_ids",))
+        with about("params"):
+            params = entry.resolve_params(settings.params or {})
         return Draft(
             index=index,
             upload_ids=tuple(item.sources),
+            file=item.file,
             entry=entry,
             params=params,
-            prompt=self._prompt(settings),
+            # The preset is rendered even where a prompt replaces it: a mistyped room type must not pass unseen.
+            prompt=self._prompt(settings, self._preset(settings, entry)),
             negative_prompt=self._negative_prompt(settings, entry, params),
+            loras=_loras(settings, entry),
             output_spec=output_spec(settings.output),
+            photo_places=tuple(item.photo_places),
             name=item.name,
             metadata=item.metadata,
         )
 
-    def _prompt(self, settings: ItemSettings) -> str:
-        # Rendered even where a prompt replaces it: a mistyped room type must not pass unseen.
-        preset = self._prompts.render(
+    @about()
+    def _preset(self, settings: ItemSettings, entry: ModelEntry) -> str:
+        return self._prompts.render(
             DEFAULT_ROOM_TYPE if settings.room_type is None else settings.room_type,
             DEFAULT_STYLE if settings.style is None else settings.style,
+            entry.presets,
         )
+
+    @about("prompt")
+    def _prompt(self, settings: ItemSettings, preset: str) -> str:
         if settings.prompt is None:
             return preset
         self._check_length("prompt", settings.prompt)
@@ -153,6 +187,7 @@ class Resolver:
             raise InvalidPrompt("prompt is empty; leave it out to take the one of room_type and style")
         return settings.prompt
 
+    @about("negative_prompt")
     def _negative_prompt(self, settings: ItemSettings, entry: ModelEntry, params: SizeParams) -> str | None:
         if settings.negative_prompt is None:
             return None
@@ -172,3 +207,19 @@ class Resolver:
             raise InvalidPrompt(
                 f"{field} has {len(text)} characters; at most {self._max_prompt_characters} are allowed"
             )
+
+
+def _check_shape(photo: JobInput) -> None:
+    try:
+        check_photo_size(photo.height, photo.width)
+    except BadInput as error:
+        raise UnusableShape(str(error)) from error
+
+
+def _loras(settings: ItemSettings, entry: ModelEntry) -> tuple[LoraRequest, ...]:
+    known = [lora["id"] for lora in entry.loras]
+    for number, lora in enumerate(settings.loras or ()):
+        if lora.id not in known:
+            detail = f"model {entry.id} has no LoRA {shown(lora.id)}; {suggest(lora.id, known)}"
+            raise ItemRefused(UnknownLora(detail), ("loras", number, "id"))
+    return tuple(settings.loras or ())

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.api.json_bodies import decode_model, json_pointer, parse_json
-from server.errors import InvalidRequest, MalformedBody
+from server.api.json_bodies import decode_model, parse_json
+from server.errors import InvalidRequest, MalformedBody, json_pointer
 from server.submit.request import BatchRequest
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
