@@ -1,48 +1,55 @@
 """The API process: the only place where its parts are made and put together."""
 
 import asyncio
-import contextlib
 import signal
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 from typing import Any, cast
 
 import anyio
 import anyio.to_thread
 import structlog
 import uvicorn
-from litestar import Litestar, MediaType, Request, Router
+from litestar import Litestar, Request, Router
 from litestar.datastructures import CacheControlHeader
 from litestar.di import Provide
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, SecurityScheme
 
+from server.api.archive import download_archive
 from server.api.auth import provide_principal, require_key
-from server.api.batches import cancel_batch, read_batch, submit_batch
+from server.api.batches import cancel_batch, delete_batch, list_batches, read_batch, retry_batch, submit_batch
 from server.api.bodies import StrictModels, StrictRequest
-from server.api.docs import DocsPage, docs_file, start_script
+from server.api.docs import docs_file, start_script
 from server.api.errors import exception_handlers
+from server.api.events import follow_batch
 from server.api.health import live, ready
-from server.api.jobs import cancel_job, read_job, redirect_to_output
+from server.api.jobs import cancel_job, list_jobs, read_job, redirect_to_output, retry_job, retry_jobs
+from server.api.methods import tell_methods
 from server.api.models import list_models, list_presets, read_model
+from server.api.openapi import describe_api
+from server.api.query_names import refuse_unknown_names
 from server.api.request_context import RequestContext
 from server.api.services import Services
 from server.api.uploads import create_uploads
+from server.api.views import record_of_batch
+from server.changes import Changes
 from server.errors import ConfigError
+from server.janitor import Janitor
 from server.keys import KeyStore
 from server.ledger.api_side import ApiLedger, connect
 from server.logs import configure_logging
+from server.periodic import end_tasks
 from server.prompts import Prompts
 from server.registry import Registry, load_registry
 from server.settings import ServerSettings, Settings
 from server.store import Store
 from server.submit.accept import Submitter
+from server.submit.files import FileUploads
 from server.submit.look import PhotoLook
 from server.submit.resolve import Resolver
 from server.sweeper import Sweeper
+from server.webhooks.sender import WebhookSender
+from server.webhooks.signing import WebhookSecrets
 
 _SHUTDOWN_TIMEOUT_SECONDS = 3
 # A client that submits waits for the store; most give up on a call after half a minute.
@@ -72,9 +79,10 @@ def create_app(settings: Settings) -> Litestar:
         request_class=StrictRequest,
         request_max_body_size=settings.limits.max_body_bytes,
         exception_handlers=exception_handlers(),
+        before_send=[tell_methods],
         plugins=[StrictModels(max_items=settings.limits.max_batch_items)],
         dependencies={"services": Provide(_provide_services, sync_to_thread=False)},
-        openapi_config=_describe_api(),
+        openapi_config=describe_api(),
         logging_config=None,
     )
     app.asgi_handler = RequestContext(app.asgi_handler)
@@ -161,17 +169,27 @@ async def _open_services(
         default_model=settings.models.default,
         max_prompt_characters=settings.limits.max_prompt_characters,
     )
-    submitter = Submitter(settings, resolver=resolver, look=look, ledger=ledger)
+    uploads = FileUploads(store, ledger, settings, threads=threads)
+    submitter = Submitter(settings, resolver=resolver, look=look, uploads=uploads, ledger=ledger)
     try:
         await ledger.check_schema()
         await anyio.to_thread.run_sync(store.ensure_buckets)
-        sweeping = asyncio.create_task(Sweeper(ledger, settings, registry.ids).run())
+        await anyio.to_thread.run_sync(store.prepare_buckets, settings.retention, settings.limits)
+        webhook_secrets = WebhookSecrets(settings.webhooks, keys)
+        changes = Changes(ledger, block_seconds=min(1.0, settings.redis.timeout_seconds / 2))
+        standing = [
+            Sweeper(ledger, settings, registry.ids),
+            Janitor(ledger, store, threads=threads, interval_seconds=settings.sweep.interval_seconds),
+            WebhookSender(ledger, settings, secrets_of=webhook_secrets.of, view=record_of_batch),
+            changes,
+        ]
+        tasks = [asyncio.create_task(one.run()) for one in standing]
         try:
-            yield Services(settings, registry, prompts, keys, ledger, store, threads, submitter)
+            yield Services(
+                settings, registry, prompts, keys, ledger, store, threads, submitter, changes, webhook_secrets
+            )
         finally:
-            sweeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await sweeping
+            await end_tasks(tasks)
     finally:
         await ledger.close()
         store.close()
@@ -183,16 +201,24 @@ def _create_v1_router() -> Router:
         route_handlers=[
             create_uploads,
             submit_batch,
+            list_batches,
             read_batch,
+            follow_batch,
+            download_archive,
             cancel_batch,
+            retry_batch,
+            delete_batch,
+            list_jobs,
             read_job,
             redirect_to_output,
             cancel_job,
+            retry_job,
+            retry_jobs,
             list_models,
             read_model,
             list_presets,
         ],
-        guards=[require_key],
+        guards=[require_key, refuse_unknown_names],
         dependencies={"principal": Provide(provide_principal, sync_to_thread=False)},
         security=[{"key": []}],
         # Answers hold URLs that work without a key.
@@ -202,16 +228,3 @@ def _create_v1_router() -> Router:
 
 def _provide_services(request: Request[Any, Any, Any]) -> Services:
     return request.app.state.services
-
-
-def _describe_api() -> OpenAPIConfig:
-    return OpenAPIConfig(
-        title="Restage",
-        version=version("restage"),
-        description="Virtual staging on your own GPUs: photos of empty rooms in, staged photos out.",
-        path="/",
-        use_handler_docstrings=True,
-        operation_id_creator=lambda handler, _method, _path: handler.handler_name,
-        render_plugins=[DocsPage(), JsonRenderPlugin(path="/openapi.json", media_type=MediaType.JSON)],
-        components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
-    )

@@ -1,20 +1,25 @@
 """Every error as `application/problem+json` (RFC 9457), those of Litestar itself too."""
 
+from dataclasses import asdict
+from enum import Enum
 from http import HTTPStatus
-from typing import Any
+from inspect import isclass
+from typing import Any, cast
 
 import structlog
 from litestar import Request, Response
-from litestar.exceptions import HTTPException
+from litestar.exceptions import HTTPException, ValidationException
+from litestar.handlers.base import BaseRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.params import KwargDefinition
 from pydantic import Field
 
 from server.api.request_context import request_id
 from server.api.views import View
 from server.errors import (
     DependencyError,
+    FieldError,
     InvalidRequest,
-    ItemError,
     MethodNotAllowed,
     NotFound,
     NothingAccepted,
@@ -92,15 +97,11 @@ def problem(
 def _list_errors(error: type[ServerError] | ServerError) -> list[dict[str, Any]]:
     match error:
         case InvalidRequest():
-            return [{"location": one.location, "code": one.code, "detail": one.detail} for one in error.errors]
+            return [asdict(one) for one in error.errors]
         case NothingAccepted():
-            return [_list_item_error(error.field, one) for one in error.item_errors]
+            return [asdict(one) for one in error.item_errors]
         case _:
             return []
-
-
-def _list_item_error(field: str, error: ItemError) -> dict[str, Any]:
-    return {"location": f"/{field}/{error.index}", "index": error.index, "code": error.code, "detail": error.detail}
 
 
 def _answer_request_error(request: _AnyRequest, error: RequestError) -> Response[dict[str, Any]]:
@@ -114,6 +115,8 @@ def _answer_dependency_error(request: _AnyRequest, error: DependencyError) -> Re
 
 
 def _answer_litestar_error(request: _AnyRequest, error: HTTPException) -> Response[dict[str, Any]]:
+    if isinstance(error, ValidationException):
+        return _answer_wrong_parameters(request, error)
     match error.status_code:
         case 404:
             return problem(request, NotFound, f"there is nothing at {request.url.path}")
@@ -127,6 +130,33 @@ def _answer_litestar_error(request: _AnyRequest, error: HTTPException) -> Respon
             return problem(request, RequestError, error.detail)
         case _:
             return _answer_unexpected(request, error)
+
+
+def _answer_wrong_parameters(request: _AnyRequest, error: ValidationException) -> Response[dict[str, Any]]:
+    """Tell mistakes in a query or a header as those in a body are told; `?limit` is the parameter `limit`."""
+    found = cast("list[dict[str, Any]]", error.extra or [])
+    mistakes = tuple(
+        FieldError(f"?{one.get('key', '')}", "invalid_value", _explain_parameter(request, one)) for one in found
+    )
+    detail = f"{mistakes[0].location}: {mistakes[0].detail}" if mistakes else error.detail
+    return _answer_request_error(request, InvalidRequest(detail, mistakes))
+
+
+def _explain_parameter(request: _AnyRequest, mistake: dict[str, Any]) -> str:
+    handler = cast("BaseRouteHandler", request.route_handler)
+    field = handler.parsed_fn_signature.parameters.get(mistake.get("key", ""))
+    kinds = [one.annotation for one in (field, *field.inner_types)] if field else []
+    values = [value for kind in kinds if isclass(kind) and issubclass(kind, Enum) for value in kind]
+    if values:
+        return f"allowed are {', '.join(str(value.value) for value in values)}"
+    match field.kwarg_definition if field else None:
+        case KwargDefinition(ge=int(low), le=int(high)):
+            return f"needs a whole number from {low} to {high}"
+        case KwargDefinition(max_length=int(most)) as limits:
+            return f"needs {limits.min_length or 0} to {most} characters"
+        case _:
+            pass
+    return str(mistake.get("message", "cannot be read")).replace("`", "").lower()
 
 
 def _answer_unexpected(request: _AnyRequest, error: Exception) -> Response[dict[str, Any]]:

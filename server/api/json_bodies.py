@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from server.config.allowed import suggest
-from server.errors import FieldError, InvalidRequest, MalformedBody
+from server.errors import FieldError, InvalidRequest, MalformedBody, json_pointer
 from server.submit.request import TOO_MANY_ITEMS
 
 _MAX_DEPTH = 16
@@ -69,11 +69,6 @@ def decode_model(model: type[ModelT], value: Any, *, max_items: int) -> ModelT:
         first = f"{shown[0].location or 'the body'}: {shown[0].detail}"
         more = f" (and {len(mistakes) - 1} more; see errors)" if len(mistakes) > 1 else ""
         raise InvalidRequest(f"{first}{more}", shown) from error
-
-
-def json_pointer(path: Sequence[str | int]) -> str:
-    """Write a path as a JSON pointer (RFC 6901); "" is the whole document."""
-    return "".join("/" + str(part).replace("~", "~0").replace("/", "~1") for part in path)
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

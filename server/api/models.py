@@ -1,10 +1,10 @@
 """`/v1/models` and `/v1/presets`: what can be asked for, and whether it would run now."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from litestar import get
 from litestar.di import NamedDependency
-from litestar.params import FromPath
+from litestar.params import FromPath, QueryParameter
 from pydantic import Field
 
 from server.api.errors import problems
@@ -74,14 +74,18 @@ async def read_model(model_id: FromPath[str], services: NamedDependency[Services
     return _view(entry, statuses[entry.id])
 
 
-@get("/presets", tags=["Models"], summary="List the presets", responses=problems(), sync_to_thread=False)
-def list_presets(services: NamedDependency[Services]) -> PresetList:
+@get("/presets", tags=["Models"], summary="List the presets", responses=problems(404, 422), sync_to_thread=False)
+def list_presets(
+    services: NamedDependency[Services],
+    model: Annotated[str | None, QueryParameter(description="Show the prompts as this model is given them.")] = None,
+) -> PresetList:
     """Answer the room types, the styles and the prompt of each pair."""
+    presets = None if model is None else services.registry.get(model).presets
     return PresetList(
         room_types=list(ROOM_TYPES),
         styles=list(STYLES),
         data=[
-            Preset(room_type=room_type, style=style, prompt=services.prompts.render(room_type, style))
+            Preset(room_type=room_type, style=style, prompt=services.prompts.render(room_type, style, presets))
             for room_type in ROOM_TYPES
             for style in STYLES
         ],

@@ -4,6 +4,7 @@ import logging
 import re
 import secrets
 import time
+from contextlib import AsyncExitStack
 
 import structlog
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
@@ -12,11 +13,17 @@ _log = structlog.stdlib.get_logger()
 # Anything else from outside would let a client write into logs and headers.
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _STATE_KEY = "request_id"
+_OPENED_KEY = "opened"
 
 
 def request_id(scope: Scope) -> str:
     """Return the id of the request that `scope` belongs to."""
     return scope["state"][_STATE_KEY]
+
+
+def opened_files(scope: Scope) -> AsyncExitStack:
+    """Return what closes files once the request that `scope` belongs to is done, whatever became of it."""
+    return scope["state"][_OPENED_KEY]
 
 
 class RequestContext:
@@ -54,5 +61,7 @@ class RequestContext:
                 )
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=chosen):
-            await self._app(scope, receive, send_with_headers)
+        async with AsyncExitStack() as opened:
+            scope["state"][_OPENED_KEY] = opened
+            with structlog.contextvars.bound_contextvars(request_id=chosen):
+                await self._app(scope, receive, send_with_headers)

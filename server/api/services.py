@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import anyio
 
+from server.changes import Changes
 from server.keys import KeyStore
 from server.ledger.api_side import ApiLedger
 from server.prompts import Prompts
@@ -11,6 +12,7 @@ from server.registry import Registry
 from server.settings import Settings
 from server.store import Store
 from server.submit.accept import Submitter
+from server.webhooks.signing import WebhookSecrets
 
 
 @dataclass(frozen=True)
@@ -25,3 +27,5 @@ class Services:
     store: Store
     store_threads: anyio.CapacityLimiter
     submitter: Submitter
+    changes: Changes
+    webhook_secrets: WebhookSecrets

@@ -2,7 +2,7 @@
 
 import secrets
 from datetime import datetime
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from litestar import Response, post
 from litestar.di import NamedDependency
@@ -13,7 +13,7 @@ from pydantic import Field
 from server.api.errors import problems
 from server.api.services import Services
 from server.api.views import ItemErrorView, View, view_item_error
-from server.errors import ItemError, NothingAccepted, RequestError
+from server.errors import ItemError, NothingAccepted, RequestError, json_pointer
 from server.images import CONTENT_TYPES
 from server.keys import Principal
 from server.ledger.records import UploadRecord
@@ -35,7 +35,7 @@ class FileRequest(RequestModel):
 
     filename: str = Field(min_length=1, max_length=1024, description="For people; the store's key is another.")
     content_type: str = Field(max_length=255, description="image/jpeg, image/png or image/webp.")
-    size_bytes: int = Field(ge=1, description="Exactly.")
+    size_bytes: int = Field(ge=1, le=2**53 - 1, description="Exactly.")
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="With it the store refuses any other bytes."
     )
@@ -59,10 +59,18 @@ class UploadView(View):
     max_size_bytes: int
 
 
+class StoredUploadView(View):
+    """A file whose bytes are in the store already: nothing need be sent, and the id can be named in a batch."""
+
+    upload_id: str
+    index: int = Field(description="Place in the request's `files`, from 0.")
+    exists: Literal[True]
+
+
 class UploadsView(View):
     """The forms, and the files that were refused."""
 
-    uploads: list[UploadView]
+    uploads: list[UploadView | StoredUploadView]
     errors: list[ItemErrorView]
 
 
@@ -81,8 +89,9 @@ async def create_uploads(
 ) -> Response[UploadsView]:
     """Answer a form for each file.
 
-    The store takes exactly the announced size and type, and with `sha256` exactly those bytes. 201 when every file got
-    a form, 207 when some did, 422 when none did.
+    The store takes exactly the announced size and type, and with `sha256` exactly those bytes. Where the store
+    has the caller's same bytes already, `exists` is answered in place of a form. 201 when every file can be taken, 207
+    when some can, 422 when none can.
     """
     limits = services.settings.limits
     records: dict[int, UploadRecord] = {}
@@ -91,13 +100,21 @@ async def create_uploads(
         try:
             records[index] = _announce(file, principal.owner, limits.max_upload_bytes)
         except RequestError as error:
-            errors.append(ItemError(index, error.code, error.detail))
+            errors.append(ItemError(index, json_pointer(("files", index)), error.code, error.detail))
     if not records:
-        raise NothingAccepted(
-            f"none of the {len(errors)} file(s) can be taken; see errors", tuple(errors), field="files"
-        )
-    await services.ledger.create_uploads(list(records.values()), ttl_seconds=limits.unused_upload_ttl_seconds)
-    uploads = [_view(index, record, _sign(services, record)) for index, record in records.items()]
+        raise NothingAccepted(f"none of the {len(errors)} file(s) can be taken; see errors", tuple(errors))
+    upload_ids = await services.ledger.announce_uploads(
+        list(records.values()),
+        form_ttl_seconds=limits.form_ttl_seconds,
+        unused_ttl_seconds=limits.unused_upload_ttl_seconds,
+        offer_seconds=services.settings.retention.records_seconds,
+    )
+    uploads = [
+        _view(index, record, _sign(services, record))
+        if upload_id == record.id
+        else StoredUploadView(upload_id=upload_id, index=index, exists=True)
+        for (index, record), upload_id in zip(records.items(), upload_ids, strict=True)
+    ]
     view = UploadsView(uploads=uploads, errors=[view_item_error(error) for error in errors])
     return Response(view, status_code=207 if errors else 201)
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from server.errors import ItemError
-from server.jobs import Batch, BatchStatus, Job, JobInput, JobOutput, JobStatus, Priority
+from server.jobs import Batch, BatchStatus, Job, JobInput, JobOutput, JobStatus, Priority, Webhook
 
 # Signs the URL of a job's output; returns it and when it stops working.
 SignOutput = Callable[[Job, JobOutput], tuple[str, datetime]]
@@ -23,6 +23,7 @@ class ItemErrorView(View):
     """Why one item of a request was refused; `index` is its place in the request, from 0."""
 
     index: int
+    location: str = Field(description="JSON pointer into the body, as close to the mistake as can be told.")
     code: str
     detail: str
 
@@ -61,7 +62,7 @@ class InputView(View):
 
 
 class OutputView(View):
-    """A result. The URL downloads it without a key, and is signed anew each time the job is read."""
+    """A result. The URL downloads it without a key, and is the same for half its life."""
 
     url: str
     url_expires_at: datetime
@@ -112,8 +113,26 @@ class Counts(View):
     cancelled: int
 
 
-class BatchView(View):
-    """Up to 50 jobs that were submitted together."""
+class DeliveryView(View):
+    """One attempt to deliver the webhook."""
+
+    round: int = Field(description="1 for the first end of the batch; each retry of its jobs begins another round.")
+    attempt: int
+    at: datetime
+    outcome: Literal["delivered", "retrying", "gave_up"]
+    http_status: int | None
+    detail: str | None
+
+
+class WebhookView(View):
+    """Whom the server tells when the batch has finished; `deliveries` are the latest attempts, oldest first."""
+
+    url: str
+    deliveries: list[DeliveryView]
+
+
+class BatchSummaryView(View):
+    """Jobs that were submitted together, without the jobs."""
 
     id: str
     status: BatchStatus
@@ -127,9 +146,30 @@ class BatchView(View):
         description="When the records are forgotten; known once the batch has finished."
     )
     counts: Counts
-    eta_seconds: float | None
-    webhook: None
+    eta_seconds: float | None = Field(
+        description="Until the last job has ended, by what runs took lately; null in lists, and where it is not known."
+    )
+    webhook: WebhookView | None
+
+
+class BatchView(BatchSummaryView):
+    """Up to 50 jobs that were submitted together."""
+
     jobs: list[JobView]
+
+
+class BatchList(View):
+    """A page of batches."""
+
+    data: list[BatchSummaryView]
+    next_cursor: str | None = Field(description="Goes on behind this page; null at the end.")
+
+
+class JobList(View):
+    """A page of jobs."""
+
+    data: list[JobView]
+    next_cursor: str | None = Field(description="Goes on behind this page; null at the end.")
 
 
 class SubmissionView(View):
@@ -141,21 +181,57 @@ class SubmissionView(View):
 
 def view_batch(batch: Batch, sign_output: SignOutput) -> BatchView:
     """Show a batch with all its jobs."""
-    return BatchView(
-        id=batch.id,
-        status=batch.status,
-        label=batch.label,
-        metadata=batch.metadata,
-        priority=batch.priority,
-        created_at=_time(batch.created_at_ms),
-        started_at=_time_or_none(batch.started_at_ms),
-        finished_at=_time_or_none(batch.finished_at_ms),
-        expires_at=_time_or_none(batch.expires_at_ms),
-        counts=Counts(**batch.counts),
-        eta_seconds=None,
-        webhook=None,
-        jobs=[view_job(job, sign_output) for job in batch.jobs],
-    )
+    return BatchView(**_summary(batch), jobs=[view_job(job, sign_output) for job in batch.jobs])
+
+
+def view_batch_summary(batch: Batch) -> BatchSummaryView:
+    """Show a batch without its jobs."""
+    return BatchSummaryView(**_summary(batch))
+
+
+def record_of_batch(batch: Batch) -> dict[str, Any]:
+    """Write a batch down for outside of the API: JSON values, without URLs.
+
+    Those of results would not work for long, and that of the webhook may hold what lets us in there.
+    """
+    hidden = {"webhook": {"url"}, "jobs": {"__all__": {"output": {"url", "url_expires_at"}}}}
+    return view_batch(batch, _sign_nothing).model_dump(mode="json", exclude=hidden)
+
+
+def _sign_nothing(_job: Job, _output: JobOutput) -> tuple[str, datetime]:
+    return "", _time(0)
+
+
+def _summary(batch: Batch) -> dict[str, Any]:
+    return {
+        "id": batch.id,
+        "status": batch.status,
+        "label": batch.label,
+        "metadata": batch.metadata,
+        "priority": batch.priority,
+        "created_at": _time(batch.created_at_ms),
+        "started_at": _time_or_none(batch.started_at_ms),
+        "finished_at": _time_or_none(batch.finished_at_ms),
+        "expires_at": _time_or_none(batch.expires_at_ms),
+        "counts": Counts(**batch.counts),
+        "eta_seconds": batch.eta_seconds,
+        "webhook": None if batch.webhook is None else _view_webhook(batch.webhook),
+    }
+
+
+def _view_webhook(webhook: Webhook) -> WebhookView:
+    deliveries = [
+        DeliveryView(
+            round=one.round,
+            attempt=one.attempt,
+            at=_time(one.at_ms),
+            outcome=one.outcome,
+            http_status=one.http_status,
+            detail=one.detail,
+        )
+        for one in webhook.deliveries
+    ]
+    return WebhookView(url=webhook.url, deliveries=deliveries)
 
 
 def view_job(job: Job, sign_output: SignOutput) -> JobView:
@@ -191,13 +267,20 @@ def view_job(job: Job, sign_output: SignOutput) -> JobView:
 
 def view_item_error(error: ItemError) -> ItemErrorView:
     """Show why an item was refused."""
-    return ItemErrorView(index=error.index, code=error.code, detail=error.detail)
+    return ItemErrorView(index=error.index, location=error.location, code=error.code, detail=error.detail)
 
 
 def _view_progress(job: Job) -> Progress | None:
-    if job.step is None or not job.total_steps:
+    # The last step is told with the result, not before it.
+    step = job.total_steps if job.status == JobStatus.SUCCEEDED else job.step
+    return show_progress(step, job.total_steps)
+
+
+def show_progress(step: int | None, total_steps: int | None) -> Progress | None:
+    """Show how far a job has come; None before its first step."""
+    if step is None or not total_steps:
         return None
-    return Progress(step=job.step, total_steps=job.total_steps, fraction=round(job.step / job.total_steps, 4))
+    return Progress(step=step, total_steps=total_steps, fraction=round(step / total_steps, 4))
 
 
 def _view_timings(job: Job) -> Timings:

@@ -72,7 +72,7 @@ def test_a_signal_ends_it_in_order(start_api, number):
     assert process.returncode == 0, log
     events = {entry["event"]: entry for entry in map(json.loads, log.splitlines())}
     answered = events["request.answered"]
-    assert (answered["method"], answered["path"], answered["status"]) == ("GET", "/v1/models", 200)
+    assert (answered["method"], answered["path"], answered["status"]) == ("GET", "/v1/models", 422)
     assert (answered["request_id"], answered["level"]) == ("mine-1", "info")
     assert {"api.started", "api.stopped"} <= set(events)
     assert "s3cret" not in log

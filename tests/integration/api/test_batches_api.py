@@ -1,6 +1,7 @@
 """From uploads to an accepted batch over HTTP: what is accepted, what is refused, and what the answer says."""
 
 import io
+import json
 
 import httpx
 import pytest
@@ -75,8 +76,8 @@ def test_a_batch_is_accepted_with_every_setting_resolved(api):
     # The photo is shown upright: height and width change places.
     assert bedroom["input"] == {"upload_id": second, "sha256": None, "width": 120, "height": 160}
     assert bedroom["params"]["height"] > bedroom["params"]["width"]
-    stored = api.redis.hget(f"restage:job:{bedroom['id']}", "output_spec")
-    assert stored == '{"format":"png","quality":90,"size":"model","metadata":false}'
+    stored = json.loads(api.redis.hget(f"restage:job:{bedroom['id']}", "request"))
+    assert stored["output_spec"] == {"format": "png", "quality": 90, "size": "model", "metadata": False}
     assert api.http.get(response.headers["location"]).json() == batch
 
 
@@ -110,7 +111,7 @@ def test_what_is_left_out_is_chosen_and_recorded(api):
 
 
 def test_bad_items_are_refused_by_index_and_the_others_go_on(api):
-    """Each kind of mistake in an item has a code and a text of its own, and costs no other item."""
+    """Each kind of mistake in an item has a code, a place and a text of its own, and costs no other item."""
     good, text, small, sent_never = (
         *api.upload(picture(), b"These are words. " * 20, picture(size=(160, 20))),
         api.announce(picture())[0]["upload_id"],
@@ -131,6 +132,8 @@ def test_bad_items_are_refused_by_index_and_the_others_go_on(api):
         {"upload_id": good, "prompt": "  "},
         {"upload_id": good, "negative_prompt": "people"},
         {"upload_ids": [good, good]},
+        {"upload_id": good, "loras": [{"id": "oak", "scale": 0.5}]},
+        {"upload_ids": [text]},
         {"upload_id": good, "name": "last"},
         defaults={"model": FLUX},
     )
@@ -150,10 +153,52 @@ def test_bad_items_are_refused_by_index_and_the_others_go_on(api):
         12: "invalid_prompt",
         13: "negative_prompt_not_supported",
         14: "too_many_photos",
+        15: "unknown_lora",
+        16: "unsupported_format",
     }
-    assert all(len(error["detail"]) > 15 for error in response.json()["errors"])
+    errors = {error["index"]: error for error in response.json()["errors"]}
+    assert {index: error["location"].removeprefix(f"/items/{index}/") for index, error in errors.items()} == {
+        **dict.fromkeys(range(1, 6), "upload_id"),
+        6: "model",
+        7: "room_type",
+        8: "style",
+        9: "params/num_inference_steps",
+        10: "params/stepz",
+        11: "prompt",
+        12: "prompt",
+        13: "negative_prompt",
+        14: "upload_ids",
+        15: "loras/0/id",
+        16: "upload_ids/0",
+    }
+    assert all(len(error["detail"]) > 15 for error in errors.values())
+    assert "/items/9/params/num_inference_steps needs a whole number from 1 to 100, not 0" in errors[9]["detail"]
+    assert errors[15]["detail"] == f"model {FLUX} has no LoRA 'oak'; allowed are none"
     jobs = response.json()["batch"]["jobs"]
-    assert [(job["index"], job["name"]) for job in jobs] == [(0, None), (15, "last")]
+    assert [(job["index"], job["name"]) for job in jobs] == [(0, None), (17, "last")]
+
+
+def test_a_mistake_in_the_defaults_is_pointed_to_there(api):
+    """What items have from `defaults` is pointed to in `defaults`, for each item that it refuses."""
+    [upload_id] = api.upload(picture())
+    shared = {"model": "sdxl", "params": {"seed": -1, "a/b": 1}, "loras": [{"id": "oak"}], "style": "modern"}
+    response = api.submit(
+        {"upload_id": upload_id},
+        {"upload_id": upload_id, "model": QWEN},
+        {"upload_id": upload_id, "model": QWEN, "params": None},
+        {"upload_id": upload_id, "model": QWEN, "params": {"a/b": None, "seed": 4}, "loras": None},
+        defaults=shared,
+    )
+    assert response.status_code == 207, response.text
+    errors = response.json()["errors"]
+    assert [(error["index"], error["location"], error["code"]) for error in errors] == [
+        (0, "/defaults/model", "unknown_model"),
+        (1, "/defaults/params/seed", "invalid_params"),
+        (2, "/defaults/loras/0/id", "unknown_lora"),
+    ]
+    assert "; /defaults/params/a~1b is unknown" in errors[1]["detail"]
+    [job] = response.json()["batch"]["jobs"]
+    assert (job["index"], job["params"]["seed"], job["loras"]) == (3, 4, [])
 
 
 def test_photos_over_a_limit_are_refused_by_their_header(open_api):
@@ -184,8 +229,8 @@ def test_a_batch_of_nothing_usable_is_refused_whole(api):
     problem = response.json()
     assert problem["code"] == "nothing_accepted"
     assert [(error["location"], error["index"], error["code"]) for error in problem["errors"]] == [
-        ("/items/0", 0, "upload_not_found"),
-        ("/items/1", 1, "unknown_model"),
+        ("/items/0/upload_id", 0, "upload_not_found"),
+        ("/items/1/model", 1, "unknown_model"),
     ]
     assert api.redis.keys("restage:batch:*") == []
 
@@ -196,7 +241,6 @@ def test_a_batch_of_nothing_usable_is_refused_whole(api):
         ({}, [("/items", "missing")]),
         ({"items": []}, [("/items", "invalid_value")]),
         ({"items": [{"upload_id": "a"}], "itms": 1}, [("/itms", "unknown_field")]),
-        ({"items": [{"upload_id": "a"}], "webhook": {"url": "https://a.example"}}, [("/webhook", "unknown_field")]),
         ({"items": [{"upload_id": "a", "modelx": "x"}]}, [("/items/0/modelx", "unknown_field")]),
         ({"items": [{"upload_id": "a"}, {"upload_id": 5}]}, [("/items/1/upload_id", "invalid_value")]),
         ({"items": [{}]}, [("/items/0", "invalid_value")]),
@@ -210,6 +254,22 @@ def test_a_batch_of_nothing_usable_is_refused_whole(api):
         ({"items": [{"upload_id": "a"}], "priority": "urgent"}, [("/priority", "invalid_value")]),
         ({"items": [{"upload_id": "a", "metadata": {"a/b~": 1}}]}, [("/items/0/metadata/a~1b~0", "invalid_value")]),
         ({"items": [{"upload_id": "a", "params": [1]}]}, [("/items/0/params", "invalid_value")]),
+        ({"items": [{"upload_id": "a", "metadata": {"a": "x" * 1025}}]}, [("/items/0/metadata/a", "invalid_value")]),
+        (
+            {"items": [{"upload_id": "a"}], "metadata": {str(number): number for number in range(65)}},
+            [("/metadata", "invalid_value")],
+        ),
+        (
+            {"items": [{"upload_id": "a", "name": "x" * 256}], "label": 5},
+            [("/items/0/name", "invalid_value"), ("/label", "invalid_value")],
+        ),
+        (
+            {
+                "items": [{"upload_id": "a", "loras": [{"id": "b", "scale": 3}]}],
+                "defaults": {"loras": [{"id": "c"}] * 2},
+            },
+            [("/defaults/loras", "invalid_value"), ("/items/0/loras/0/scale", "invalid_value")],
+        ),
         ({"items": [{"upload_id": "a"}] * 51}, [("/items", "too_many_items")]),
         ([], [("", "invalid_value")]),
     ],
@@ -226,10 +286,10 @@ def test_a_wrong_envelope_is_refused_with_pointers(api, body, errors):
 
 def test_unknown_fields_are_answered_with_those_that_exist(api):
     """Who mistypes a field is told what may stand there."""
-    response = api.http.post("/v1/batches", json={"items": [{"upload_id": "a", "modelx": "x"}], "webhook": {}})
+    response = api.http.post("/v1/batches", json={"items": [{"upload_id": "a", "modelx": "x"}], "colour": {}})
     details = [error["detail"] for error in response.json()["errors"]]
     assert "did you mean model?" in details[0]
-    assert "allowed are defaults, items, label, metadata, priority" in details[1]
+    assert "allowed are defaults, items, label, metadata, priority, webhook" in details[1]
 
 
 def test_fifty_items_of_one_upload_are_accepted(api):

@@ -9,6 +9,7 @@ from PIL import Image
 from server.errors import LedgerUnavailable, NothingAccepted
 from server.ledger.api_side import ApiLedger
 from server.submit.accept import Submitter
+from server.submit.files import FileUploads
 from server.submit.look import PhotoLook
 from server.submit.request import BatchRequest
 from server.submit.resolve import Resolver
@@ -104,22 +105,32 @@ def make_submitter(services, redis, expired, ledger=None):
     resolver = Resolver(
         services.registry, services.prompts, default_model="tiny-flux-kontext", max_prompt_characters=100
     )
-    return Submitter(services.settings, resolver=resolver, look=look, ledger=ledger or services.ledger)
+    ledger = ledger or services.ledger
+    uploads = FileUploads(services.store, ledger, services.settings, threads=services.store_threads)
+    return Submitter(services.settings, resolver=resolver, look=look, uploads=uploads, ledger=ledger)
 
 
 def test_an_upload_that_expires_meanwhile_costs_only_its_items(api):
     """An upload gone between look and accept becomes an error of its items; the others are accepted."""
     kept, gone = api.upload(picture(), picture())
     request = BatchRequest.model_validate(
-        {"items": [{"upload_id": gone}, {"upload_id": kept}, {"upload_id": gone}, {"upload_id": "0" * 32}]}
+        {
+            "defaults": {"model": "tiny-qwen-image-edit-2511"},
+            "items": [
+                {"upload_id": gone},
+                {"upload_id": kept},
+                {"upload_ids": [kept, gone]},
+                {"upload_id": "0" * 32},
+            ],
+        }
     )
     submitter = make_submitter(api.http.app.state.services, api.redis, [gone])
     submission = api.http.blocking_portal.call(submitter.submit, "local", request, None)
     assert submission.http_status == 207
-    assert [(error.index, error.code) for error in submission.errors] == [
-        (0, "upload_not_found"),
-        (2, "upload_not_found"),
-        (3, "upload_not_found"),
+    assert [(error.index, error.location, error.code) for error in submission.errors] == [
+        (0, "/items/0/upload_id", "upload_not_found"),
+        (2, "/items/2/upload_ids/1", "upload_not_found"),
+        (3, "/items/3/upload_id", "upload_not_found"),
     ]
     assert [job.index for job in submission.batch.jobs] == [1]
     assert num_batches(api) == 1

@@ -1,6 +1,14 @@
 """What can be asked for, and whether it would run now."""
 
-QWEN = "tiny-qwen-image-edit-2511"
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.integration.api.conftest import picture
+
+CONFIG_DIR = Path(__file__).parents[3] / "config"
+QWEN, FLUX = "tiny-qwen-image-edit-2511", "tiny-flux-kontext"
 
 
 def test_models_are_listed_in_the_shape_of_openai(api):
@@ -39,6 +47,34 @@ def test_presets_are_all_rooms_in_all_styles(api):
     presets = api.http.get("/v1/presets").json()
     assert (len(presets["room_types"]), len(presets["styles"]), len(presets["data"])) == (9, 5, 45)
     assert len({preset["prompt"] for preset in presets["data"]}) == 45
+
+
+def test_presets_are_shown_as_a_model_gets_them(open_api, tmp_path):
+    """With `model` the prompts are those that its jobs are given, wrapped or replaced; a job's record has the same."""
+    entries = yaml.safe_load((CONFIG_DIR / "models.yaml").read_text())
+    [entry] = [entry for entry in entries if entry["id"] == QWEN]
+    entry["presets"] = {"wrap": "Carefully. {preset}", "replace": {"bedroom": {"modern": "One bed."}}}
+    (tmp_path / "models.yaml").write_text(yaml.safe_dump(entries))
+    with open_api(RESTAGE__MODELS__FILE=str(tmp_path / "models.yaml")) as api:
+        plain, own, other = (
+            [preset["prompt"] for preset in api.http.get("/v1/presets", params=params).json()["data"]]
+            for params in ({}, {"model": QWEN}, {"model": FLUX})
+        )
+        [upload_id] = api.upload(picture())
+        items = [{"upload_id": upload_id, "room_type": room, "model": QWEN} for room in ("bedroom", "kitchen")]
+        jobs = api.accept(*items)["jobs"]
+    assert other == plain
+    assert [prompt for prompt in own if prompt == "One bed."] == ["One bed."]
+    assert sum(prompt == f"Carefully. {text}" for prompt, text in zip(own, plain, strict=True)) == 44
+    assert [job["prompt"] for job in jobs] == ["One bed.", own[10]]
+
+
+@pytest.mark.parametrize("model", ["sdxl", "", "x" * 10_000])
+def test_presets_of_an_unknown_model_answer_404(api, model):
+    """A model that is not served here has no prompts, and the answer says so in a few words."""
+    response = api.http.get("/v1/presets", params={"model": model})
+    assert (response.status_code, response.json()["code"]) == (404, "unknown_model")
+    assert len(response.json()["detail"]) < 300
 
 
 def test_readiness_counts_live_workers(api):
