@@ -92,25 +92,33 @@ def worker(device: str | None) -> None:
     help="Folder for the results. Files of the same name are replaced.",
 )
 @click.option("--label", help="A name for the batch, such as an address.")
+@click.option("--zip", "as_archive", is_flag=True, help="Fetch all results at the end as <label or batch id>.zip.")
 @click.option("--no-wait", is_flag=True, help="Submit, print the batch's id and return.")
+@click.option("--anew", is_flag=True, help="Submit a new batch, whatever became of an earlier run of this command.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document in place of a table.")
 @_url_option
 def submit(
     photos: tuple[Path, ...],
     params: tuple[str, ...],
     out_dir: Path,
+    as_archive: bool,
     no_wait: bool,
+    anew: bool,
     as_json: bool,
     url: str,
     **given: str | None,
 ) -> None:
     """Stage PHOTOS as one batch and fetch the results as 001-<name>.webp and so on.
 
-    Exit status: 0 when all are done, 1 when some were refused or failed, 2 for a mistake in the command.
+    The same command again goes on with a run that was cut off, or that did not wait: photos that arrived are not sent
+    again, and no second batch is made. Once all results are there, it stages the photos anew.
+
+    Exit status: 0 when all are done, 1 when some were refused or failed or the server does not take them, 2 for a
+    mistake in the command, 130 when it was interrupted.
     """
-    from server.client.batch import BatchRequest
-    from server.client.command import submit_photos
+    from server.client.command import Fetching, submit_photos
     from server.client.photos import check_photos, prepare_folder
+    from server.client.request import BatchRequest
 
     try:
         check_photos(photos)
@@ -124,7 +132,8 @@ def submit(
     if params:
         defaults["params"] = _parse_params(params)
     request = BatchRequest(photos=photos, defaults=defaults, label=label)
-    sys.exit(submit_photos(url, request, None if no_wait else out_dir, as_json=as_json))
+    fetching = None if no_wait else Fetching(out_dir, as_archive)
+    sys.exit(submit_photos(url, request, fetching, anew=anew, as_json=as_json))
 
 
 def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
@@ -137,10 +146,15 @@ def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
         if key in parsed:
             raise click.BadParameter(f"'{key}' is given twice", param_hint="--param")
         try:
-            parsed[key] = json.loads(value)
+            parsed[key] = json.loads(value, parse_constant=_refuse_constant)
         except ValueError:
             parsed[key] = value
     return parsed
+
+
+def _refuse_constant(name: str) -> None:
+    """Read NaN and Infinity as text, as JSON has it: the server then says what it takes instead."""
+    raise ValueError(name)
 
 
 @restage.command()
@@ -188,8 +202,17 @@ def keys() -> None:
 @click.option("--role", type=click.Choice(["user", "admin"]), default="user", show_default=True)
 @click.option("--max-priority", type=click.Choice(["high", "normal", "low"]), default="high", show_default=True)
 def add_key(owner: str, role: "Role", max_priority: "Priority") -> None:
-    """Make a key for OWNER and print it; it cannot be shown again."""
-    click.echo(_open_keys().add(owner, role, max_priority=max_priority))
+    """Make a key for OWNER and print it; on standard error, the secret (whsec_…) that signs its webhooks.
+
+    Neither is shown again.
+    """
+    keys = _open_keys()
+    key = keys.add(owner, role, max_priority=max_priority)
+    _, key_id, _ = key.split("_", 2)
+    click.echo(key)
+    # Apart, so that RESTAGE_API_KEY=$(restage keys add …) holds the key alone.
+    for secret in keys.webhook_secrets(key_id):
+        click.echo(f"its webhooks are signed with {secret}", err=True)
 
 
 @keys.command("revoke")
@@ -200,11 +223,29 @@ def revoke_key(key_id: str) -> None:
     click.echo(f"key {key_id} is withdrawn")
 
 
+@keys.command("rotate-webhook")
+@click.argument("key_id")
+def rotate_webhook(key_id: str) -> None:
+    """Change the secret that signs the webhooks of KEY_ID, in two steps.
+
+    The first makes a new secret and prints it; webhooks are signed with the old one too. The second, once all receivers
+    know the new one, drops the old one.
+    """
+    secret = _open_keys().rotate_webhook(key_id)
+    if secret is None:
+        click.echo(f"key {key_id}: the older secret signs no more", err=True)
+    else:
+        click.echo(secret)
+        click.echo(f"key {key_id}: this secret signs now; one before it does too, until the next call", err=True)
+
+
 @keys.command("list")
 def list_keys() -> None:
-    """List the keys, the oldest first; the secrets are not stored."""
+    """List the keys, the oldest first; their secrets are not shown."""
     for key in _open_keys().list():
-        click.echo(f"{key.id}  {key.role:5}  up to {key.max_priority:6}  since {key.created_at:%Y-%m-%d}  {key.owner}")
+        secrets = f"webhook secrets: {len(key.webhook_secrets)}"  # two while one is rotated
+        since = f"since {key.created_at:%Y-%m-%d}"
+        click.echo(f"{key.id}  {key.role:5}  up to {key.max_priority:6}  {since}  {secrets}  {key.owner}")
 
 
 def _open_keys() -> "KeyStore":

@@ -1,70 +1,50 @@
 """One batch, from photos on the caller's machine to results on the caller's machine."""
 
 import asyncio
-import secrets
-from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.client.errors import ApiError, ItemProblem, TransferFailed, read_item_problems
+from server.client.errors import ApiError, ClientError, ItemProblem, read_item_problems
+from server.client.fetching import ResultFetcher
 from server.client.http import RestageClient
-from server.client.photos import Photo, read_photo, result_file
+from server.client.journal import Journal
+from server.client.photos import plain
 from server.client.progress import BatchProgress
+from server.client.record import ArrivedPhoto
+from server.client.request import BatchRequest, PhotoResult
+from server.client.sending import PhotoSender
 
-_PARALLEL_TRANSFERS = 4
-_FETCH_ATTEMPTS = 5
+__all__ = ["BatchRequest", "BatchRun", "PhotoResult"]
+
 _FIRST_POLL_SECONDS, _LAST_POLL_SECONDS = 0.2, 2.0
-_FORBIDDEN = 403  # the store's answer to a form or URL that has expired
-
-
-@dataclass
-class PhotoResult:
-    """What became of one photo. `status` is that of its job, or `refused`; `index` is its place among those given."""
-
-    index: int
-    photo: Path
-    status: str = "queued"
-    model: str | None = None
-    seconds: float | None = None
-    file: Path | None = None
-    error: str | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the result lies on this machine."""
-        return self.status == "succeeded" and self.file is not None
-
-
-@dataclass(frozen=True)
-class BatchRequest:
-    """What to do with the photos. `overrides` holds settings of single photos by their index, over `defaults`."""
-
-    photos: Sequence[Path]
-    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    overrides: Mapping[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
-    label: str | None = None
+_LOST_UPLOADS = frozenset({"upload_not_found", "upload_not_received"})
 
 
 class BatchRun:
     """Takes one batch through upload, submission, waiting and download, in that order.
 
     Photos fail one by one: what happened to each stands in `results`, and the others go on. After an interruption
-    `batch_id` names the batch that the server goes on with, if it was accepted.
+    `batch_id` names the batch that the server goes on with, if it was accepted; with the journal of an earlier run,
+    this one goes on where that one stopped.
 
     Args:
         client: the server.
         request: photos and settings.
         progress: told of every advance.
+        journal: of this request; without one nothing outlives the process.
     """
 
-    def __init__(self, client: RestageClient, request: BatchRequest, progress: BatchProgress) -> None:
+    def __init__(
+        self, client: RestageClient, request: BatchRequest, progress: BatchProgress, journal: Journal | None = None
+    ) -> None:
         self.results = [PhotoResult(index, path) for index, path in enumerate(request.photos)]
         self.batch: dict[str, Any] | None = None
+        self.archive: Path | None = None
         self._client = client
         self._request = request
         self._progress = progress
-        self._transfers = asyncio.Semaphore(_PARALLEL_TRANSFERS)
+        self._journal = journal or Journal()
         # The server numbers items, which are only those photos that could be sent.
         self._sent: list[PhotoResult] = []
 
@@ -73,37 +53,36 @@ class BatchRun:
         """Id of the batch once it was accepted."""
         return None if self.batch is None else self.batch["id"]
 
+    @property
+    def num_arrived(self) -> int:
+        """How many photos lie in the store."""
+        return len(self._journal.record.arrived)
+
+    @property
+    def num_to_fetch(self) -> int:
+        """How many results are on the server and not on this machine."""
+        return sum(not result.is_done for job, result in self._succeeded() if job["output"])
+
     async def submit(self) -> None:
-        """Send the photos and submit them as one batch.
+        """Send the photos and submit them as one batch, or find what an earlier run submitted.
 
         Raises:
             ApiError: the request as a whole is refused.
             ServerUnreachable: the server is away for too long.
         """
-        upload_ids = await self._upload()
-        self._sent = [self.results[index] for index in sorted(upload_ids)]
-        if not self._sent:
+        if await self._find_accepted():
             return
-        items = [
-            {"upload_id": upload_ids[result.index], "name": result.photo.name}
-            | dict(self._request.overrides.get(result.index, {}))
-            for result in self._sent
-        ]
-        body: dict[str, Any] = {"defaults": dict(self._request.defaults), "items": items}
-        if self._request.label is not None:
-            body["label"] = self._request.label
-        try:
-            answer = await self._client.submit(body, idempotency_key=secrets.token_hex(16))
-        except ApiError as error:
-            if not error.items:
-                raise
-            _refuse(self._sent, error.items)
-            return
-        _refuse(self._sent, read_item_problems(answer))
-        self._update(answer["batch"])
+        if not await self._try_to_submit(is_last=False):
+            await self._try_to_submit(is_last=True)
+        if self.batch is None:
+            self._journal.remove()
 
-    async def finish(self, out_dir: Path) -> None:
-        """Wait for the submitted batch and fetch each result as soon as it is there.
+    async def finish(self, out_dir: Path, *, as_archive: bool = False) -> None:
+        """Wait for the submitted batch and fetch its results.
+
+        Args:
+            out_dir: an existing folder.
+            as_archive: fetch all at the end as one zip, in place of each as soon as it is there.
 
         Raises:
             ApiError: the batch is gone.
@@ -111,72 +90,138 @@ class BatchRun:
         """
         if self.batch is None:
             return
+        fetcher = ResultFetcher(self._client, out_dir)
         fetches: dict[str, asyncio.Task[None]] = {}
         poll_seconds = _FIRST_POLL_SECONDS
         while True:
-            for job in self.batch["jobs"]:
-                if job["status"] == "succeeded" and job["id"] not in fetches:
-                    fetches[job["id"]] = asyncio.create_task(self._fetch(job, out_dir))
+            for job, result in [] if as_archive else self._succeeded():
+                if job["id"] not in fetches:
+                    fetches[job["id"]] = asyncio.create_task(fetcher.fetch(job, result))
             if self.batch["status"] == "finished":
                 break
             await asyncio.sleep(poll_seconds)
             poll_seconds = min(_LAST_POLL_SECONDS, poll_seconds * 1.2)
             self._update(await self._client.read_batch(self.batch["id"]))
         await asyncio.gather(*fetches.values())
+        if as_archive:
+            self.archive = await fetcher.fetch_as_archive(self.batch, self._succeeded())
+        if not self.num_to_fetch:
+            self._journal.remove()
 
-    async def _upload(self) -> dict[int, str]:
-        """Send the photos; returns the upload ids by index of the photo."""
-        photos = [await asyncio.to_thread(read_photo, result.photo) for result in self.results]
+    async def _find_accepted(self) -> bool:
+        """Find the batch that an earlier run submitted, if it knew that it was accepted."""
+        record = self._journal.record
+        for index, reason in record.refused.items():
+            self.results[index].refuse(reason)
+        if record.batch_id is None:
+            self._tell_where_it_goes_on()
+            return False
         try:
-            answer = await self._client.request_forms(photos)
+            batch = await self._client.read_batch(record.batch_id)
         except ApiError as error:
+            if error.http_status != 404:
+                raise
+            await self._start_anew(f"batch {record.batch_id} of an earlier run is not on the server any more")
+            return False
+        self._progress.note(
+            f"going on with batch {record.batch_id} of an earlier run of this command; --anew submits a new one"
+        )
+        self._sent = [self.results[index] for index in record.submitted or ()]
+        self._update(batch)
+        return True
+
+    def _tell_where_it_goes_on(self) -> None:
+        record = self._journal.record
+        if record.submitted is not None:
+            self._progress.note("going on with the submission of an earlier run: it is accepted once")
+        elif record.arrived:
+            self._progress.note(
+                f"going on with an earlier run: {len(record.arrived)} of {len(self.results)} photos arrived"
+            )
+
+    async def _try_to_submit(self, *, is_last: bool) -> bool:
+        """Submit what is in the store, after the rest was sent there; False where that is to be done once more."""
+        await self._send_photos()
+        record = self._journal.record
+        self._sent = [self.results[index] for index in record.submitted or ()]
+        if not self._sent:
+            return True
+        batch: dict[str, Any] | None = None
+        try:
+            answer = await self._client.submit(self._body(), idempotency_key=record.idempotency_key)
+        except ApiError as error:
+            if error.code == "not_found" and not is_last:
+                await self._start_anew("the batch of an earlier run is not on the server any more")
+                return False
+            if error.code == "idempotency_conflict":
+                raise ClientError(f"{error}\n  --anew submits a new batch") from error
             if not error.items:
                 raise
-            _refuse(self.results, error.items)
-            return {}
-        _refuse(self.results, read_item_problems(answer))
-        forms: dict[int, dict[str, Any]] = {form["index"]: form for form in answer["uploads"]}
-        to_send = {index: form for index, form in forms.items() if not form.get("exists")}
-        self._progress.start_uploads(sum(photos[index].size_bytes for index in to_send))
-        await _all([self._send(self.results[index], photos[index], form) for index, form in to_send.items()])
-        return {index: form["upload_id"] for index, form in forms.items() if self.results[index].status != "refused"}
+            problems = error.items
+        else:
+            batch, problems = answer["batch"], read_item_problems(answer)
+        if is_last or not await self._replace_lost_uploads(batch, problems):
+            await self._settle(batch, problems)
+            return True
+        return False
 
-    async def _send(self, result: PhotoResult, photo: Photo, form: dict[str, Any]) -> None:
-        async with self._transfers:
-            try:
-                await self._send_with_fresh_form(photo, form)
-            except (TransferFailed, OSError) as error:
-                result.status, result.error = "refused", f"upload_failed: {error}"
+    async def _replace_lost_uploads(self, batch: dict[str, Any] | None, problems: Sequence[ItemProblem]) -> bool:
+        """Begin anew where uploads have expired; a batch of the other photos alone gives way to one of all."""
+        lost = {self._sent[problem.index].index for problem in problems if problem.code in _LOST_UPLOADS}
+        if lost:
+            await self._start_anew(
+                f"{len(lost)} of the photos that were sent are not on the server any more",
+                keep={index: photo for index, photo in self._journal.record.arrived.items() if index not in lost},
+                superseded_batch_id=None if batch is None else batch["id"],
+            )
+        return bool(lost)
 
-    async def _send_with_fresh_form(self, photo: Photo, form: dict[str, Any]) -> None:
-        try:
-            await self._client.send_photo(photo, form, self._progress.count_uploaded)
-        except TransferFailed as error:
-            if error.http_status != _FORBIDDEN:
-                raise
-            # Behind many large photos on a slow line a form expires: a new one for this photo alone.
-            form.update((await self._client.request_forms([photo]))["uploads"][0])
-            if not form.get("exists"):
-                await self._client.send_photo(photo, form, self._progress.count_uploaded)
+    async def _send_photos(self) -> None:
+        """Bring the photos into the store and settle which of them are submitted."""
+        record = self._journal.record
+        if record.superseded_batch_id is not None:
+            await self._client.cancel_batch(record.superseded_batch_id)
+            record.superseded_batch_id = None
+        if record.submitted is None:
+            await PhotoSender(self._client, self.results, self._journal, self._progress).send_all()
+            record.submitted = sorted(record.arrived)
+            record.refused = self._refused()
+        await self._journal.save()
 
-    async def _fetch(self, job: Mapping[str, Any], out_dir: Path) -> None:
-        result = self._result_of(job)
-        file = result_file(out_dir, result.index, result.photo, job["output"])
-        async with self._transfers:
-            for attempts_left in reversed(range(_FETCH_ATTEMPTS)):
-                try:
-                    await self._client.fetch_result(job["output"], file)
-                except TransferFailed as error:
-                    result.error = f"download_failed: {error}"
-                except OSError as error:
-                    result.error = f"download_failed: {file} cannot be written: {error.strerror}"
-                    return
-                else:
-                    result.file, result.error = file, None
-                    return
-                if attempts_left:
-                    await asyncio.sleep(_FETCH_ATTEMPTS - attempts_left)
-                    job = await self._client.read_job(job["id"])  # its URL is fresh
+    async def _start_anew(
+        self, why: str, *, keep: Mapping[int, ArrivedPhoto] | None = None, superseded_batch_id: str | None = None
+    ) -> None:
+        self._progress.note(f"{why}: starting anew")
+        for result in self.results:
+            result.status, result.error = "queued", None
+        await self._journal.start_anew(arrived=keep, superseded_batch_id=superseded_batch_id)
+
+    def _body(self) -> dict[str, Any]:
+        arrived = self._journal.record.arrived
+        return self._request.body(
+            [
+                {"upload_id": arrived[result.index].upload_id, "name": plain(result.photo.name)}
+                | dict(self._request.overrides.get(result.index, {}))
+                for result in self._sent
+            ]
+        )
+
+    async def _settle(self, batch: dict[str, Any] | None, problems: Sequence[ItemProblem]) -> None:
+        """Keep what the server has decided."""
+        for problem in problems:
+            self._sent[problem.index].refuse(str(problem))
+        if batch is not None:
+            record = self._journal.record
+            record.refused, record.batch_id = self._refused(), batch["id"]
+            await self._journal.save()
+            self._update(batch)
+
+    def _refused(self) -> dict[int, str]:
+        return {result.index: result.error or "" for result in self.results if result.status == "refused"}
+
+    def _succeeded(self) -> list[tuple[dict[str, Any], PhotoResult]]:
+        jobs: list[dict[str, Any]] = [] if self.batch is None else self.batch["jobs"]
+        return [(job, self._result_of(job)) for job in jobs if job["status"] == "succeeded"]
 
     def _result_of(self, job: Mapping[str, Any]) -> PhotoResult:
         index: int = job["index"]
@@ -193,19 +238,3 @@ class BatchRun:
             if job["status"] == "succeeded":
                 result.seconds = sum(seconds or 0.0 for name, seconds in timings.items() if name != "queue")
         self._progress.show_batch(batch)
-
-
-def _refuse(results: Sequence[PhotoResult], problems: Sequence[ItemProblem]) -> None:
-    for problem in problems:
-        result = results[problem.index]
-        result.status, result.error = "refused", f"{problem.code}: {problem.detail}"
-
-
-async def _all(work: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; if one raises, stop the others and raise what it raised."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()

@@ -34,7 +34,20 @@ class TransferFailed(ClientError):
     @property
     def is_worth_another_try(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.http_status is None or self.http_status >= 500
+        return self.http_status is None or self.http_status >= 500 or self.http_status in {408, 429}
+
+
+class WrongBytes(TransferFailed):
+    """Raised when a photo is not what was announced any more, or a result not what was recorded."""
+
+    @property
+    def is_worth_another_try(self) -> bool:
+        """The same request would end in the same way."""
+        return False
+
+
+class AlreadyRunning(ClientError):
+    """Raised when the same command is under way in another process."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,9 @@ class ItemProblem:
     index: int
     code: str
     detail: str
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
 
 
 class ApiError(ClientError):
@@ -56,11 +72,11 @@ class ApiError(ClientError):
         self.http_status = http_status
         self.code = str(problem.get("code", "unknown"))
         self.items = tuple(read_item_problems(problem))
-        detail = problem.get("detail") or problem.get("title") or "no reason was given"
+        detail = str(problem.get("detail") or problem.get("title") or "no reason was given")
         lines = [f"the server refused the call ({http_status} {self.code}): {detail}"]
-        lines += [
-            f"  {error.get('location')}: {error.get('detail')}" for error in _errors(problem) if "location" in error
-        ]
+        fields = [error for error in _errors(problem) if "location" in error]
+        places = [f"{field['location']}: {field.get('detail')}" for field in fields]
+        lines += [f"  {place}" for place in places if place not in detail]
         if http_status >= 500 and "request_id" in problem:
             lines.append(f"  the server's log has more under request id {problem['request_id']}")
         if http_status == 401:

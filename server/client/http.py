@@ -1,39 +1,33 @@
-"""Calls to a Restage server and its store over HTTP, made again where that helps and never where it does harm."""
+"""Calls to a Restage server over HTTP, made again where that helps and never where it does harm."""
 
 import asyncio
-import hashlib
-import io
-import os
-import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Self
 
 import httpx
 
-from server.client.errors import ApiError, ServerUnreachable, TransferFailed
+from server.client.errors import ApiError, ClientError, ServerUnreachable
+from server.client.patience import PATIENCE_SECONDS, Patience
 from server.client.photos import Photo
 
-_PATIENCE_SECONDS = 120.0
-_TIMEOUT = httpx.Timeout(30.0, connect=5.0)
-_AGAIN = frozenset({429, 502, 503, 504})
-_TRANSFER_ATTEMPTS = 5
-
-Counter = Callable[[int], None]
+# Connections are made while photos take all of a slow line, so that 5 s would be too short.
+_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+_AGAIN = frozenset({408, 429, 502, 503, 504})
 
 
 class RestageClient:
     """One server, called by one owner; use as `async with RestageClient(url) as client`.
 
-    A call is made again while the server is away for a moment: `429`, `502`, `503` and `504` (after `Retry-After`),
-    and connections that are refused or cut. Only the very first call gives up at once where nothing listens.
+    A call is made again while the server is away for a moment: `408`, `429`, `502`, `503` and `504` (after
+    `Retry-After`), and connections that are refused or cut. Only the very first call gives up at once where nothing
+    listens.
 
     Args:
         url: of the server, such as http://127.0.0.1:8000.
         api_key: sent to the server only, never to the store.
-        patience_seconds: how long one call may be tried.
-        on_wait: told why, each time that a call has to wait.
+        patience_seconds: how long one call or transfer is tried after its first failure.
+        on_wait: told why, each time that something has to wait.
     """
 
     def __init__(
@@ -41,28 +35,28 @@ class RestageClient:
         url: str,
         api_key: str | None = None,
         *,
-        patience_seconds: float = _PATIENCE_SECONDS,
+        patience_seconds: float = PATIENCE_SECONDS,
         on_wait: Callable[[str], None] | None = None,
     ) -> None:
         self.url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self.on_wait = on_wait or _ignore
+        self._headers = _authorize(api_key)
         self._patience_seconds = patience_seconds
-        self._on_wait = on_wait or _ignore
         self._was_reached = False
         # A proxy that the environment names is for other machines.
         direct: dict[str, httpx.AsyncBaseTransport | None] = {"all://127.0.0.1": None, "all://localhost": None}
         try:
-            self._http = httpx.AsyncClient(timeout=_TIMEOUT, mounts=direct)
+            self.http = httpx.AsyncClient(timeout=_TIMEOUT, mounts=direct)
             httpx.URL(self.url)
         except httpx.InvalidURL as error:
             raise ServerUnreachable(f"{url} is no URL of a server: {error}") from error
 
     async def __aenter__(self) -> Self:
-        await self._http.__aenter__()
+        await self.http.__aenter__()
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
-        await self._http.aclose()
+        await self.http.aclose()
 
     async def list_models(self) -> list[dict[str, Any]]:
         """Return the models that the server offers."""
@@ -76,145 +70,96 @@ class RestageClient:
         """Submit a batch; made again with the same key after a lost answer, it is still accepted once."""
         return await self._call("POST", "/v1/batches", json=batch, headers={"Idempotency-Key": idempotency_key})
 
+    async def check_settings(self, batch: Mapping[str, Any]) -> None:
+        """Have the server look at the settings of a batch before its photos are sent.
+
+        Args:
+            batch: a submission of one item, whose upload does not exist, so that it cannot be accepted.
+
+        Raises:
+            ApiError: the request as a whole is refused.
+            ClientError: the settings are refused.
+        """
+        try:
+            await self._call("POST", "/v1/batches", json=batch)
+        except ApiError as error:
+            if not error.items:
+                raise
+            if reasons := [str(item) for item in error.items if item.code != "upload_not_found"]:
+                raise ClientError("\n".join(("the server does not take these settings:", *reasons))) from error
+
     async def read_batch(self, batch_id: str) -> dict[str, Any]:
         """Return a batch with its jobs as they are now."""
         return await self._call("GET", f"/v1/batches/{batch_id}")
+
+    async def cancel_batch(self, batch_id: str) -> None:
+        """Cancel what is not done of a batch; one that has finished, or is gone, stays as it is."""
+        try:
+            await self._call("POST", f"/v1/batches/{batch_id}/cancel")
+        except ApiError as error:
+            if error.http_status not in {404, 409}:
+                raise
 
     async def read_job(self, job_id: str) -> dict[str, Any]:
         """Return a job as it is now; its output's URL is fresh."""
         return await self._call("GET", f"/v1/jobs/{job_id}")
 
+    def open_archive(self, batch_id: str) -> AbstractAsyncContextManager[httpx.Response]:
+        """Begin to read the archive of a batch, once; use as `async with client.open_archive(id) as response`."""
+        return self.http.stream("GET", f"{self.url}/v1/batches/{batch_id}/archive", headers=self._headers)
+
+    def new_patience(self) -> Patience:
+        """Begin the tries of one call or transfer."""
+        return Patience(self._patience_seconds)
+
     async def _call(
         self, method: str, path: str, *, json: object = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        give_up_at = time.monotonic() + self._patience_seconds
-        pauses = _pauses()
+        patience = self.new_patience()
         while True:
-            wait_seconds = next(pauses)
+            wait_seconds = 0.0
             try:
-                response = await self._http.request(
+                response = await self.http.request(
                     method, self.url + path, json=json, headers={**self._headers, **(headers or {})}
                 )
             except httpx.UnsupportedProtocol as error:
                 raise ServerUnreachable(
                     f"{self.url} is no URL of a server: it begins with http:// or https://"
                 ) from error
-            except httpx.TransportError as error:
-                reason = _describe(error)
+            except (httpx.TransportError, httpx.DecodingError) as error:
+                reason = describe(error)
                 if not self._was_reached and isinstance(error, httpx.ConnectError):
                     raise self._unreachable(reason) from error
             else:
                 self._was_reached = True
                 if response.status_code not in _AGAIN:
                     return _read_answer(response)
-                reason = _read_reason(response)
-                wait_seconds = max(wait_seconds, _read_retry_after(response))
-            if time.monotonic() + wait_seconds > give_up_at:
+                reason = read_reason(response)
+                wait_seconds = _read_retry_after(response)
+            pause_seconds = patience.next_pause_seconds(wait_seconds)
+            if pause_seconds is None:
                 raise self._unreachable(reason)
-            self._on_wait(f"waiting for the server: {reason}")
-            await asyncio.sleep(wait_seconds)
+            self.on_wait(f"waiting for the server: {reason}")
+            await asyncio.sleep(pause_seconds)
 
     def _unreachable(self, reason: str) -> ServerUnreachable:
+        if self._was_reached:
+            return ServerUnreachable(f"the server at {self.url} is not to be had any more: {reason}")
         return ServerUnreachable(
             f"no Restage server can be used at {self.url} ({reason})\n"
             "  start one on this machine with `restage up`, or set RESTAGE_URL to where one runs"
         )
 
-    async def send_photo(self, photo: Photo, form: Mapping[str, Any], count: Counter) -> None:
-        """Send a photo to the store with the form that the server gave for it.
 
-        Args:
-            photo: to be sent.
-            form: an entry of `uploads` in the answer of `request_forms`.
-            count: told how many bytes went out; a negative number takes back those of a lost attempt.
-
-        Raises:
-            TransferFailed: the store refuses it, or cannot be reached after several attempts.
-        """
-        pauses = _pauses()
-        for attempts_left in reversed(range(_TRANSFER_ATTEMPTS)):
-            failure = await self._try_to_send(photo, form, count)
-            if failure is None:
-                return
-            if not attempts_left or not failure.is_worth_another_try:
-                raise failure
-            await asyncio.sleep(next(pauses))
-
-    async def _try_to_send(self, photo: Photo, form: Mapping[str, Any], count: Counter) -> TransferFailed | None:
-        with _CountingFile(photo.path, count) as file:
-            try:
-                response = await self._http.post(
-                    form["url"], data=form["fields"], files={"file": (photo.path.name, file, photo.content_type)}
-                )
-            except httpx.TransportError as error:
-                reason, http_status = _describe(error), None
-            else:
-                if response.is_success:
-                    return None
-                reason, http_status = _read_store_reason(response), response.status_code
-            file.take_back()
-        return TransferFailed(f"the store at {_host(form['url'])} did not take the photo: {reason}", http_status)
-
-    async def fetch_result(self, output: Mapping[str, Any], file: Path) -> None:
-        """Fetch a result into `file`, which appears whole or not at all.
-
-        Raises:
-            TransferFailed: it cannot be fetched, or is not what the server recorded.
-            OSError: the file cannot be written.
-        """
-        part = file.with_name(f".{file.name}.part")
-        try:
-            digest = hashlib.sha256()
-            with part.open("wb") as sink:
-                async with self._http.stream("GET", output["url"]) as response:
-                    if not response.is_success:
-                        await response.aread()
-                        reason = _read_store_reason(response)
-                        raise TransferFailed(f"the store did not give the result: {reason}", response.status_code)
-                    async for chunk in response.aiter_bytes():
-                        digest.update(chunk)
-                        sink.write(chunk)
-            if digest.hexdigest() != output["sha256"]:
-                raise TransferFailed("the store gave other bytes than the worker wrote")
-            part.replace(file)
-        except httpx.TransportError as error:
-            raise TransferFailed(
-                f"the store at {_host(output['url'])} cannot be reached: {_describe(error)}"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
-
-
-class _CountingFile(io.FileIO):
-    """A file that tells how much of it was read."""
-
-    def __init__(self, path: Path, count: Counter) -> None:
-        super().__init__(path, "rb")
-        self._count = count
-        self._num_read = 0
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(-1 if size is None else size) or b""
-        self._num_read += len(data)
-        self._count(len(data))
-        return data
-
-    def take_back(self) -> None:
-        """Take back what was told: it did not arrive."""
-        self._count(-self._num_read)
-        self._num_read = 0
+def _authorize(api_key: str | None) -> dict[str, str]:
+    api_key = (api_key or "").strip()
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ClientError("RESTAGE_API_KEY is no key; set it to what `restage keys add` printed")
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _ignore(_reason: str) -> None:
     pass
-
-
-def _pauses() -> Iterator[float]:
-    pause_seconds = 0.25
-    while True:
-        # Many clients that lost the same server must not all come back at once.
-        yield pause_seconds * (0.75 + int.from_bytes(os.urandom(1)) / 512)
-        pause_seconds = min(5.0, pause_seconds * 2)
 
 
 def _read_answer(response: httpx.Response) -> dict[str, Any]:
@@ -223,7 +168,7 @@ def _read_answer(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        host = _host(str(response.request.url))
+        host = host_of(str(response.request.url))
         raise ServerUnreachable(
             f"{host} answers {response.status_code} but not as a Restage server does; check RESTAGE_URL"
         )
@@ -232,7 +177,8 @@ def _read_answer(response: httpx.Response) -> dict[str, Any]:
     raise ApiError(response.status_code, body)  # pyright: ignore[reportUnknownArgumentType]
 
 
-def _read_reason(response: httpx.Response) -> str:
+def read_reason(response: httpx.Response) -> str:
+    """Say what a Restage server answered instead of what was asked for; the body has been read."""
     try:
         detail = response.json()["detail"]
     except (ValueError, KeyError, TypeError):
@@ -245,14 +191,8 @@ def _read_retry_after(response: httpx.Response) -> float:
     return float(text) if text.isdecimal() else 0.0
 
 
-def _read_store_reason(response: httpx.Response) -> str:
-    """Say what an S3 server's XML says."""
-    parts = [re.search(f"<{tag}>([^<]*)</{tag}>", response.text) for tag in ("Code", "Message")]
-    said = ": ".join(part[1] for part in parts if part)
-    return f"{response.status_code} {said}".strip()
-
-
-def _describe(error: httpx.TransportError) -> str:
+def describe(error: httpx.TransportError | httpx.DecodingError) -> str:
+    """Say why there was no answer."""
     if isinstance(error, httpx.ConnectError):
         return "no connection can be made"
     if isinstance(error, httpx.TimeoutException):
@@ -260,5 +200,6 @@ def _describe(error: httpx.TransportError) -> str:
     return f"the connection was cut: {error}" if str(error) else "the connection was cut"
 
 
-def _host(url: str) -> str:
+def host_of(url: str) -> str:
+    """Name a server without what else a URL may hold: signatures."""
     return httpx.URL(url).netloc.decode()

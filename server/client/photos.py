@@ -3,6 +3,7 @@
 import hashlib
 import mimetypes
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from server.client.errors import BadPhotos
 
 MAX_PHOTOS = 50
+_MAX_NAME_BYTES = 200
 _CONTENT_TYPES = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 _SUFFIXES = {"image/webp": ".webp", "image/png": ".png", "image/jpeg": ".jpg"}
 
@@ -27,7 +29,7 @@ class Photo:
     def announcement(self) -> dict[str, str | int]:
         """What `POST /v1/uploads` wants to know of it."""
         return {
-            "filename": self.path.name,
+            "filename": plain(self.path.name),
             "content_type": self.content_type,
             "size_bytes": self.size_bytes,
             "sha256": self.sha256,
@@ -48,6 +50,18 @@ def read_photo(path: Path) -> Photo:
             return Photo(path, content_type, file.tell(), digest.hexdigest())
     except OSError as error:
         raise BadPhotos([f"{path}: cannot be read ({error.strerror})"]) from error
+
+
+def size_of(photo: Path) -> int:
+    """Return the size of a photo in bytes.
+
+    Raises:
+        BadPhotos: it has gone.
+    """
+    try:
+        return photo.stat().st_size
+    except OSError as error:
+        raise BadPhotos([f"{photo}: cannot be read ({error.strerror})"]) from error
 
 
 def _guess_content_type(path: Path, start: bytes) -> str:
@@ -91,11 +105,9 @@ def prepare_folder(folder: Path) -> None:
     Raises:
         BadPhotos: they cannot; better known now than when the results are there.
     """
-    probe = folder / f".restage-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        tempfile.TemporaryFile(dir=folder).close()  # has no name that could be left behind
     except OSError as error:
         raise BadPhotos(
             [f"{folder}: results cannot be written there ({error.strerror}); choose another with --out"]
@@ -112,4 +124,23 @@ def result_file(folder: Path, position: int, photo: Path, output: Mapping[str, s
         output: the job's output in the server's answer.
     """
     suffix = _SUFFIXES.get(output["content_type"], ".bin")
-    return folder / f"{position + 1:03d}-{photo.stem}{suffix}"
+    return folder / f"{position + 1:03d}-{shorten(photo.stem)}{suffix}"
+
+
+def is_there(file: Path, sha256: str) -> bool:
+    """Whether a result was fetched before."""
+    try:
+        with file.open("rb") as content:
+            return hashlib.file_digest(content, "sha256").hexdigest() == sha256
+    except OSError:
+        return False
+
+
+def plain(name: str | Path) -> str:
+    """Write a file's name for others: bytes that are no text can be neither sent nor shown as text."""
+    return str(name).encode(errors="surrogateescape").decode(errors="replace")
+
+
+def shorten(name: str) -> str:
+    """Cut a name so that number, suffix and what marks an unfinished file fit beside it in the 255 bytes of a name."""
+    return name.encode(errors="surrogateescape")[:_MAX_NAME_BYTES].decode(errors="ignore")

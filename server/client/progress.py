@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +18,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from server.client.batch import PhotoResult
+from server.client.photos import plain
+from server.client.request import PhotoResult
 
 _FILE_WIDTH = 200
 _COLOURS = {"succeeded": "green", "failed": "red", "refused": "red", "cancelled": "yellow"}
@@ -51,6 +51,7 @@ class BatchProgress:
         self._send_task: TaskID | None = None
         self._stage_task: TaskID | None = None
         self._shown: Progress | None = None
+        self._to_send_bytes = 0
         self._last_line = ""
         self._last_note = ""
 
@@ -66,9 +67,12 @@ class BatchProgress:
         """Say how much there is to send."""
         if size_bytes == 0:
             return
+        self._to_send_bytes = size_bytes
         if self._lines:
             self._print(f"sending {size_bytes / 1e6:.1f} MB")
             return
+        if self._send_task is not None:
+            self._sending.remove_task(self._send_task)
         self._send_task = self._sending.add_task("sending", total=size_bytes)
         self._show(self._sending)
 
@@ -76,6 +80,12 @@ class BatchProgress:
         """Add bytes that were sent; negative where they have to be sent again."""
         if self._send_task is not None:
             self._sending.advance(self._send_task, num_bytes)
+
+    def skip_upload(self, size_bytes: int) -> None:
+        """Take back from what there is to send: it need not be sent, or cannot be."""
+        self._to_send_bytes -= size_bytes
+        if self._send_task is not None:
+            self._sending.update(self._send_task, total=self._to_send_bytes)
 
     def show_batch(self, batch: Mapping[str, Any]) -> None:
         """Show how far a batch is."""
@@ -89,7 +99,7 @@ class BatchProgress:
             self._stage_task = self._staging.add_task("staging", total=counts["total"], now="")
             self._show(self._staging)
         steps = [_describe_step(job) for job in batch["jobs"] if job["status"] == "running" and job["progress"]]
-        self._staging.update(self._stage_task, completed=num_final, now=", ".join(words + steps))
+        self._staging.update(self._stage_task, completed=num_final, now=", ".join(words + steps + _describe_eta(batch)))
 
     def note(self, text: str) -> None:
         """Show a line of its own, above the bars; the same one only once in a row."""
@@ -110,12 +120,19 @@ class BatchProgress:
         self._last_line = line
 
 
+def _describe_eta(batch: Mapping[str, Any]) -> list[str]:
+    seconds: float | None = batch.get("eta_seconds")
+    if not seconds:
+        return []
+    return [f"about {seconds:.0f} s left" if seconds < 120 else f"about {seconds / 60:.0f} min left"]
+
+
 def _describe_step(job: Mapping[str, Any]) -> str:
     progress = job["progress"]
     return f"{job['name'] or job['id']}: step {progress['step']} of {progress['total_steps']}"
 
 
-def make_table(results: Sequence["PhotoResult"]) -> Table:
+def make_table(results: Sequence[PhotoResult]) -> Table:
     """Build the table that ends a batch: one row for each photo."""
     table = Table(header_style="bold")
     for name in ("photo", "model", "status"):
@@ -127,11 +144,11 @@ def make_table(results: Sequence["PhotoResult"]) -> Table:
         table.add_column("error", overflow="fold")
     for result in results:
         row = [
-            Text(result.photo.name),
+            Text(plain(result.photo.name)),
             Text(result.model or ""),
             Text(result.status, style=_COLOURS.get(result.status, "")),
             "" if result.seconds is None else f"{result.seconds:.1f}",
-            Text("" if result.file is None else str(result.file)),
+            Text("" if result.file is None else plain(result.file)),
         ]
         table.add_row(*row, *([Text(result.error or "")] if with_errors else []))
     return table

@@ -64,7 +64,7 @@ def test_server_that_is_not_there_ends_a_command(tmp_path: Path) -> None:
     photo.write_bytes(b"\xff\xd8\xff")
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
     for arguments in (["submit", str(photo), "--out", str(tmp_path)], ["models"]):
-        ended = run(*arguments, RESTAGE_URL=url)
+        ended = run(*arguments, RESTAGE_URL=url, XDG_STATE_HOME=str(tmp_path))
         assert ended.returncode == 1
         assert "Traceback" not in ended.stderr
         assert "restage up" in ended.stderr
@@ -80,16 +80,42 @@ def test_data_folder_that_cannot_be_made_is_a_message(tmp_path: Path) -> None:
 
 
 def test_keys_are_made_listed_and_withdrawn(tmp_path: Path) -> None:
-    """The key is shown once; the list knows its owner; a withdrawn key is gone."""
+    """The key is shown once, alone, and its webhooks' secret on standard error; a withdrawn key is gone."""
     environment = {"RESTAGE_ENV": "local", "RESTAGE__AUTH__KEYS_FILE": str(tmp_path / "keys.jsonl")}
     added = run("keys", "add", "studio-a", **environment)
     assert added.returncode == 0, added.stderr
-    key = added.stdout.strip()
+    [key] = added.stdout.splitlines()
     assert key.startswith("rsk_")
+    secret = added.stderr.split()[-1]
+    assert secret.startswith("whsec_")
     listed = run("keys", "list", **environment).stdout
     key_id = key.split("_")[1]
     assert "studio-a" in listed
     assert key_id in listed
     assert key not in listed
+    assert secret not in listed
     assert run("keys", "revoke", key_id, **environment).returncode == 0
     assert key_id not in run("keys", "list", **environment).stdout
+
+
+def test_webhook_secrets_are_rotated_by_two_calls(tmp_path: Path) -> None:
+    """The first call prints the new secret alone, for scripts; the second says that the old one is gone."""
+    environment = {"RESTAGE_ENV": "local", "RESTAGE__AUTH__KEYS_FILE": str(tmp_path / "keys.jsonl")}
+    added = run("keys", "add", "studio-a", **environment)
+    first = added.stderr.split()[-1]
+    key_id = added.stdout.split("_")[1]
+
+    rotated = run("keys", "rotate-webhook", key_id, **environment)
+    assert rotated.returncode == 0, rotated.stderr
+    (second,) = rotated.stdout.splitlines()
+    assert "webhook secrets: 2" in run("keys", "list", **environment).stdout
+    assert second.startswith("whsec_")
+    assert second != first
+    assert key_id in rotated.stderr
+    dropped = run("keys", "rotate-webhook", key_id, **environment)
+    assert (dropped.returncode, dropped.stdout) == (0, "")
+    assert f"key {key_id}: the older secret signs no more" in dropped.stderr
+    unknown = run("keys", "rotate-webhook", "zzz", **environment)
+    assert unknown.returncode == 1
+    assert "there is no key 'zzz'" in unknown.stderr
+    assert "Traceback" not in unknown.stderr

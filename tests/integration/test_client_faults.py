@@ -6,6 +6,7 @@ import io
 import json
 import re
 import threading
+import zipfile
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,11 +16,16 @@ from typing import Any, TypeVar
 import pytest
 from rich.console import Console
 
-from server.client.batch import BatchRequest, BatchRun
-from server.client.errors import ApiError, ServerUnreachable, TransferFailed
+from server.client.batch import BatchRun
+from server.client.errors import ApiError, ClientError, ServerUnreachable, TransferFailed
 from server.client.http import RestageClient
+from server.client.journal import Journal
 from server.client.photos import Photo, read_photo
 from server.client.progress import BatchProgress
+from server.client.record import Record
+from server.client.request import BatchRequest, PhotoResult
+from server.client.sending import PhotoSender
+from server.client.transfers import fetch_result, send_photo
 from server.ports import free_ports
 
 T = TypeVar("T")
@@ -33,26 +39,36 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+class PatientServer(ThreadingHTTPServer):
+    """One that the kernel keeps connections for until they are taken: by itself only five."""
+
+    request_queue_size = 64
+
+
 @dataclass
 class ScriptedServer:
-    """Gives one answer after the other, the last one again and again, and keeps what it was asked."""
+    """Gives one answer after the other, the last one again and again, or asks `answer_to`; keeps what it was asked."""
 
     url: str
     answers: list[Answer | str]
     requests: list[tuple[str, str, dict[str, str], bytes]] = field(default_factory=list)
+    answer_to: Callable[[str, bytes], Answer] | None = None
 
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[..., ScriptedServer]]:
     """Give a function that starts a server on loopback with a script of answers."""
-    running: list[ThreadingHTTPServer] = []
+    running: list[PatientServer] = []
 
     def start(*answers: Answer | str) -> ScriptedServer:
         class Handler(BaseHTTPRequestHandler):
             def _answer(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 told.requests.append((self.command, self.path, dict(self.headers), body))
-                answer = told.answers.pop(0) if len(told.answers) > 1 else told.answers[0]
+                if told.answer_to:
+                    answer = told.answer_to(self.path, body)
+                else:
+                    answer = told.answers.pop(0) if len(told.answers) > 1 else told.answers[0]
                 if isinstance(answer, str):
                     self.close_connection = True
                     return
@@ -67,7 +83,7 @@ def scripted() -> Iterator[Callable[..., ScriptedServer]]:
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (http.server's name)
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = PatientServer(("127.0.0.1", 0), Handler)
         told = ScriptedServer(f"http://127.0.0.1:{server.server_port}", list(answers))
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         running.append(server)
@@ -152,6 +168,37 @@ def test_address_that_is_none_is_explained(url: str) -> None:
         call(url, lambda client: client.list_models())
 
 
+@pytest.mark.parametrize("key", ["rsk_1\nX: y", "rsk_\x7f", "rsk_ü"])
+def test_key_that_is_none_is_not_sent_and_not_shown(scripted: Callable[..., ScriptedServer], key: str) -> None:
+    """A key that was pasted wrongly is told at once, and stands in no message."""
+    server = scripted(Answer())
+    with pytest.raises(ClientError, match="RESTAGE_API_KEY is no key") as caught:
+        call(server.url, lambda client: client.list_models(), api_key=key)
+    assert "rsk_" not in str(caught.value)
+    assert server.requests == []
+    assert call(server.url, lambda client: client.list_models(), api_key="rsk_1\n") == []
+    assert server.requests[0][2]["Authorization"] == "Bearer rsk_1"
+
+
+def test_server_that_went_away_is_told_from_one_that_never_was(scripted: Callable[..., ScriptedServer]) -> None:
+    """Who has reached a server is not told to start one."""
+    server = scripted(Answer(503, b'{"detail": "1000 jobs are open at most"}'))
+    with pytest.raises(ServerUnreachable, match="1000 jobs are open") as caught:
+        call(server.url, lambda client: client.list_models(), patience_seconds=0.1)
+    assert "restage up" not in str(caught.value)
+
+
+def test_settings_are_refused_before_photos_are_sent(scripted: Callable[..., ScriptedServer]) -> None:
+    """That the upload of the question does not exist is no mistake; anything else is told as the server said it."""
+    lost = {"index": 0, "code": "upload_not_found", "detail": "d"}
+    good = as_json(422, code="nothing_accepted", errors=[lost])
+    bad = as_json(422, code="nothing_accepted", errors=[lost | {"code": "unknown_preset", "detail": "no style 'x'"}])
+    server = scripted(good, bad)
+    call(server.url, lambda client: client.check_settings({"items": []}))
+    with pytest.raises(ClientError, match="unknown_preset: no style 'x'"):
+        call(server.url, lambda client: client.check_settings({"items": []}))
+
+
 def test_other_server_is_noticed(scripted: Callable[..., ScriptedServer]) -> None:
     """A web page in place of JSON means that the address is wrong."""
     server = scripted(Answer(200, b"<html>hello</html>"))
@@ -177,7 +224,7 @@ def test_photo_goes_out_as_a_form_with_the_file_last(scripted: Callable[..., Scr
     """S3 ignores what follows the file, and refuses a body without a length; the API's key stays out of it."""
     server = scripted(Answer(204, b""))
     counted: list[int] = []
-    call(server.url, lambda client: client.send_photo(photo, form(server), counted.append), api_key="rsk_1")
+    call(server.url, lambda client: send_photo(client, photo, form(server), counted.append), api_key="rsk_1")
     _, path, headers, body = server.requests[0]
     assert path == "/bucket"
     assert "Authorization" not in headers
@@ -190,28 +237,53 @@ def test_photo_is_sent_again_after_a_cut(scripted: Callable[..., ScriptedServer]
     """The bar does not count what was lost."""
     server = scripted(CUT, Answer(500, b"<Error><Code>InternalError</Code></Error>"), Answer(204, b""))
     counted: list[int] = []
-    call(server.url, lambda client: client.send_photo(photo, form(server), counted.append))
+    call(server.url, lambda client: send_photo(client, photo, form(server), counted.append))
     assert len(server.requests) == 3
     assert sum(counted) == photo.size_bytes
+
+
+def test_photo_that_changed_meanwhile_is_not_sent(scripted: Callable[..., ScriptedServer], photo: Photo) -> None:
+    """Another size than announced would be refused after all of it was sent."""
+    server = scripted(Answer(204, b""))
+    photo.path.write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(TransferFailed, match="was changed while it was sent"):
+        call(server.url, lambda client: send_photo(client, photo, form(server), lambda _: None))
+    assert server.requests == []
+
+
+def test_store_that_stays_away_is_given_up(scripted: Callable[..., ScriptedServer], photo: Photo) -> None:
+    """Patience ends, with the last reason, and the user has heard why it took so long."""
+    server = scripted(Answer(503, b"<Error><Code>SlowDown</Code></Error>"))
+    heard: list[str] = []
+    with pytest.raises(TransferFailed, match="503 SlowDown"):
+        call(
+            server.url,
+            lambda client: send_photo(client, photo, form(server), lambda _: None),
+            patience_seconds=0.5,
+            on_wait=heard.append,
+        )
+    assert "waiting for the store" in heard[0]
 
 
 def test_refused_photo_is_not_sent_again(scripted: Callable[..., ScriptedServer], photo: Photo) -> None:
     """What the store says is passed on, with the address that it said it at."""
     server = scripted(Answer(400, b"<Error><Code>BadDigest</Code><Message>other bytes</Message></Error>"))
     with pytest.raises(TransferFailed, match=r"127\.0\.0\.1:.*400 BadDigest: other bytes") as caught:
-        call(server.url, lambda client: client.send_photo(photo, form(server), lambda _: None))
+        call(server.url, lambda client: send_photo(client, photo, form(server), lambda _: None))
     assert caught.value.http_status == 400
     assert len(server.requests) == 1
 
 
-def output(server: ScriptedServer, data: bytes) -> dict[str, str]:
-    return {"url": f"{server.url}/result", "sha256": hashlib.sha256(data).hexdigest()}
+def fetch(server: ScriptedServer, file: Path) -> None:
+    """Fetch what must be the bytes `picture`."""
+    output = {"url": f"{server.url}/result", "sha256": hashlib.sha256(b"picture").hexdigest()}
+    call(server.url, lambda client: fetch_result(client, output, file, tag="j"))
 
 
 def test_result_is_checked_and_appears_whole(scripted: Callable[..., ScriptedServer], tmp_path: Path) -> None:
     """What lies in the folder is what the worker wrote."""
     server = scripted(Answer(200, b"picture"))
-    call(server.url, lambda client: client.fetch_result(output(server, b"picture"), tmp_path / "a.webp"))
+    fetch(server, tmp_path / "a.webp")
     assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]
     assert (tmp_path / "a.webp").read_bytes() == b"picture"
 
@@ -232,7 +304,7 @@ def test_result_that_is_not_right_leaves_no_file(
     server = scripted(answer)
     (tmp_path / "a.webp").write_bytes(b"earlier")
     with pytest.raises(TransferFailed, match=message):
-        call(server.url, lambda client: client.fetch_result(output(server, b"picture"), tmp_path / "a.webp"))
+        fetch(server, tmp_path / "a.webp")
     assert [file.name for file in tmp_path.iterdir()] == ["a.webp"]
     assert (tmp_path / "a.webp").read_bytes() == b"earlier"
 
@@ -252,6 +324,7 @@ def batch_answer(status: str, **job: Any) -> dict[str, Any]:
     counts = dict.fromkeys(("queued", "running", "succeeded", "failed", "cancelled"), 0) | {status: 1, "total": 1}
     return {
         "id": "b",
+        "label": "12 Oak St",
         "status": "finished" if status in {"succeeded", "failed"} else status,
         "counts": counts,
         "jobs": [shown],
@@ -262,17 +335,19 @@ def as_json(http_status: int, /, **body: Any) -> Answer:
     return Answer(http_status, json.dumps(body).encode())
 
 
-def take_through(server: ScriptedServer, photo: Photo, out_dir: Path) -> BatchRun:
+def take_through(
+    server: ScriptedServer, photo: Photo, out_dir: Path, journal: Journal | None = None, *, as_archive: bool = False
+) -> BatchRun:
     """Take one photo through upload, submission, waiting and download."""
 
     async def work(client: RestageClient) -> BatchRun:
         with BatchProgress(Console(file=io.StringIO())) as progress:
-            run = BatchRun(client, BatchRequest([photo.path], label="12 Oak St"), progress)
+            run = BatchRun(client, BatchRequest([photo.path], label="12 Oak St"), progress, journal)
             await run.submit()
-            await run.finish(out_dir)
+            await run.finish(out_dir, as_archive=as_archive)
         return run
 
-    return call(server.url, work)
+    return call(server.url, work, patience_seconds=2.0)
 
 
 @pytest.fixture
@@ -403,3 +478,162 @@ def test_mistake_in_the_request_ends_the_run(
     )
     with pytest.raises(ApiError, match="/label: too long"):
         take_through(script(FORM, SENT, problem), photo, tmp_path)
+
+
+def test_photos_are_sent_at_the_same_time(scripted: Callable[..., ScriptedServer], tmp_path: Path) -> None:
+    """Sixteen small photos are on their way at once, and no more forms are asked for than will be used soon."""
+    num_photos, at_once = 48, 16
+    photos = [tmp_path / f"{number}.jpg" for number in range(num_photos)]
+    for file in photos:
+        file.write_bytes(b"\xff\xd8\xff")
+    all_arrived = threading.Barrier(at_once)  # a store that answers none before it has sixteen
+    unused: list[int] = []
+    server = scripted()
+
+    def answer_to(path: str, body: bytes) -> Answer:
+        if path == "/bucket":
+            all_arrived.wait(30)
+            return SENT
+        num_asked = len(json.loads(body)["files"])
+        num_sent = sum(request[1] == "/bucket" for request in server.requests)
+        num_announced = sum(len(json.loads(one[3])["files"]) for one in server.requests if one[1] == "/v1/uploads")
+        unused.append(num_announced - num_sent)
+        forms = [{"upload_id": "u", "index": index, **form(server)} for index in range(num_asked)]
+        return as_json(201, uploads=forms, errors=[])
+
+    server.answer_to = answer_to
+    results = [PhotoResult(index, file) for index, file in enumerate(photos)]
+    journal = Journal()
+    progress = BatchProgress(Console(file=io.StringIO()))
+    call(server.url, lambda client: PhotoSender(client, results, journal, progress).send_all(), patience_seconds=0.1)
+    assert [result.error for result in results if result.error] == []
+    assert sorted(journal.record.arrived) == list(range(num_photos))
+    assert max(unused) <= 2 * at_once
+
+
+def test_lost_answer_never_makes_a_second_batch(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """A run that ends between submission and answer leaves key and body; the next sends both again, and no photo."""
+    journal = Journal()
+    gone = script(FORM, SENT, CUT)
+    with pytest.raises(ServerUnreachable):
+        take_through(gone, photo, tmp_path, journal)
+    left = Record.from_bytes(journal.record.to_bytes())
+    back = script(ACCEPTED, as_json(200, **DONE), Answer(200, PICTURE))
+    assert take_through(back, photo, tmp_path, Journal(record=left)).results[0].is_done
+    first, again = gone.requests[2], back.requests[0]
+    assert first[2]["Idempotency-Key"] == again[2]["Idempotency-Key"]
+    assert first[1::2] == again[1::2]
+
+
+def test_key_that_belongs_to_another_body_is_told(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """Where the server does not take the repeated submission for the same one, no second batch is made unasked."""
+    conflict = as_json(409, code="idempotency_conflict", detail="another body")
+    with pytest.raises(ClientError, match="--anew submits a new batch"):
+        take_through(script(FORM, SENT, conflict), photo, tmp_path)
+
+
+def test_uploads_that_expire_again_are_refused(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """Sending anew is tried once, with another key; a server that loses that too has the last word."""
+    lost = [{"index": 0, "code": "upload_not_found", "detail": "d"}]
+    gone = as_json(422, code="nothing_accepted", errors=lost)
+    server = script(FORM, SENT, gone, FORM, SENT, gone)
+    run = take_through(server, photo, tmp_path)
+    assert (run.results[0].status, run.results[0].error) == ("refused", "upload_not_found: d")
+    assert len({request[2]["Idempotency-Key"] for request in server.requests if request[1] == "/v1/batches"}) == 2
+
+
+def test_result_that_has_expired_is_told(script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path) -> None:
+    """A batch that is looked at after its results were removed ends, and says what became of them."""
+    expired = batch_answer("succeeded", output=None)
+    run = take_through(script(FORM, SENT, ACCEPTED, as_json(200, **expired)), photo, tmp_path)
+    assert not run.results[0].is_done
+    assert "removed the result after its time" in (run.results[0].error or "")
+    assert run.num_to_fetch == 0
+
+
+def test_other_bytes_are_fetched_once_more_and_then_told(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """What is not the recorded picture never gets its name, and is not fetched for ever."""
+    other = Answer(200, b"other")
+    server = script(FORM, SENT, ACCEPTED, as_json(200, **DONE), other, as_json(200, **DONE["jobs"][0]), other)
+    run = take_through(server, photo, tmp_path)
+    assert "other bytes than the worker wrote" in (run.results[0].error or "")
+    assert run.num_to_fetch == 1
+    assert len(server.requests) == 7
+    assert [file.name for file in tmp_path.iterdir()] == [photo.path.name]
+
+
+def zip_of(*pictures: bytes) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for number, picture in enumerate(pictures):
+            archive.writestr(f"{number}.webp", picture)
+        archive.writestr("manifest.json", "{}")
+    return data.getvalue()
+
+
+WHOLE = zip_of(PICTURE)
+FLIPPED = WHOLE.replace(PICTURE, b"pictUre")
+
+
+@pytest.mark.parametrize(
+    "cut", [Answer(200, WHOLE[:-1]), Answer(200, WHOLE[:40]), Answer(200, b""), Answer(200, FLIPPED), CUT, Answer(503)]
+)
+def test_archive_that_was_cut_is_fetched_again(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path, cut: Answer | str
+) -> None:
+    """Without a length only the archive itself tells that it is whole; until then it has no name."""
+    server = script(FORM, SENT, ACCEPTED, as_json(200, **DONE), cut, Answer(200, WHOLE))
+    run = take_through(server, photo, tmp_path, as_archive=True)
+    assert run.archive == tmp_path / "12 Oak St.zip"
+    assert run.results[0].is_done
+    assert (tmp_path / "12 Oak St.zip").read_bytes() == WHOLE
+    assert {file.name for file in tmp_path.iterdir()} == {photo.path.name, "12 Oak St.zip"}
+    assert [request[1] for request in server.requests[4:]] == ["/v1/batches/b/archive"] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (Answer(200, zip_of(b"another")), "the archive lacks 1 of 1 results"),
+        (as_json(410, code="output_expired", detail="removed"), "410: removed"),
+        (Answer(404, b"<html>"), "404"),
+    ],
+)
+def test_archive_that_will_not_come_right_is_told(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path, answer: Answer, reason: str
+) -> None:
+    """Fetching again would change nothing: an earlier file stays, and the photo's row says why."""
+    (tmp_path / "12 Oak St.zip").write_bytes(b"earlier")
+    server = script(FORM, SENT, ACCEPTED, as_json(200, **DONE), answer)
+    run = take_through(server, photo, tmp_path, as_archive=True)
+    assert run.archive is None
+    assert reason in (run.results[0].error or "")
+    assert len(server.requests) == 5
+    assert (tmp_path / "12 Oak St.zip").read_bytes() == b"earlier"
+
+
+def test_archive_that_lies_there_is_not_fetched_again(
+    script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path
+) -> None:
+    """After a death behind the last step there is nothing left to do."""
+    (tmp_path / "12 Oak St.zip").write_bytes(WHOLE)
+    server = script(FORM, SENT, ACCEPTED, as_json(200, **DONE))
+    assert take_through(server, photo, tmp_path, as_archive=True).results[0].is_done
+    assert len(server.requests) == 4
+
+
+def test_archive_of_nothing_is_not_fetched(script: Callable[..., ScriptedServer], photo: Photo, tmp_path: Path) -> None:
+    """Where every job failed there is no archive, and no file that looks like one."""
+    failed = batch_answer("failed", error={"code": "invalid_input", "detail": "truncated"})
+    run = take_through(script(FORM, SENT, ACCEPTED, as_json(200, **failed)), photo, tmp_path, as_archive=True)
+    assert run.archive is None
+    assert run.results[0].error == "invalid_input: truncated"
+    assert [file.name for file in tmp_path.iterdir()] == [photo.path.name]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from server.client.batch import PhotoResult
-from server.client.errors import ApiError, TransferFailed, read_item_problems
+from server.client.errors import ApiError, TransferFailed, WrongBytes, read_item_problems
 from server.client.progress import BatchProgress, make_table
+from server.client.request import PhotoResult
 
 
 def test_error_names_code_detail_and_each_location() -> None:
@@ -22,6 +22,12 @@ def test_error_names_code_detail_and_each_location() -> None:
         "the server refused the call (422 invalid_request): 2 values are not allowed",
         "  /items/0/style: needs modern or industrial",
     ]
+
+
+def test_mistake_is_told_once() -> None:
+    """Where the detail names the place already it does not follow again."""
+    problem = {"code": "c", "detail": "/label: too long", "errors": [{"location": "/label", "detail": "too long"}]}
+    assert str(ApiError(422, problem)) == "the server refused the call (422 c): /label: too long"
 
 
 def test_missing_key_says_where_it_is_set() -> None:
@@ -47,16 +53,20 @@ def test_refused_items_are_told_from_bad_fields() -> None:
     assert [(one.index, one.code, one.detail) for one in read_item_problems(body)] == [(2, "c", "d")]
 
 
-@pytest.mark.parametrize(("http_status", "again"), [(None, True), (500, True), (503, True), (403, False), (400, False)])
+@pytest.mark.parametrize(
+    ("http_status", "again"),
+    [(None, True), (500, True), (503, True), (429, True), (408, True), (403, False), (400, False)],
+)
 def test_only_what_may_pass_is_tried_again(http_status: int | None, again: bool) -> None:
     """A lost connection and a failing store may pass; a refusal does not."""
     assert TransferFailed("x", http_status).is_worth_another_try is again
+    assert not WrongBytes("x", http_status).is_worth_another_try
 
 
 def make_batch(succeeded: int, running: int, failed: int = 0) -> dict[str, object]:
     counts = {"total": 4, "succeeded": succeeded, "running": running, "failed": failed, "cancelled": 0}
     jobs = [{"id": "j", "name": "hall.jpg", "status": "running", "progress": {"step": 2, "total_steps": 8}}] * running
-    return {"counts": counts | {"queued": 4 - succeeded - running - failed}, "jobs": jobs}
+    return {"counts": counts | {"queued": 4 - succeeded - running - failed}, "jobs": jobs, "eta_seconds": 170.0}
 
 
 def test_progress_without_a_terminal_prints_each_change_once() -> None:
@@ -89,6 +99,17 @@ def test_progress_on_a_terminal_shows_bars_and_the_running_step() -> None:
     assert "1/4" in output.getvalue()
     assert "hall.jpg: step 2 of 8" in output.getvalue()
     assert "the server is away" in output.getvalue()
+    assert "about 3 min left" in output.getvalue()
+
+
+def test_bar_reaches_its_end_without_what_need_not_be_sent() -> None:
+    """Photos that the server has already are no part of what there is to send."""
+    output = io.StringIO()
+    with BatchProgress(Console(file=output, force_terminal=True, width=120)) as progress:
+        progress.start_uploads(3000)
+        progress.count_uploaded(1000)
+        progress.skip_upload(2000)
+    assert "1.0/1.0 kB" in output.getvalue()
 
 
 def test_table_has_an_error_column_only_for_errors() -> None:
