@@ -151,6 +151,30 @@ class Stack:
 
         wait_for(f"{num_workers} ready workers", look)
 
+    def wait_health(self, status: int) -> None:
+        """Wait until `/health/ready` answers with a status."""
+
+        def look() -> bool:
+            try:
+                return self.client.http.get("/health/ready").status_code == status
+            except httpx.HTTPError:
+                return False
+
+        wait_for(f"/health/ready to answer {status}", look)
+
+    def wait_api(self) -> None:
+        """Wait until the API serves, with workers or without."""
+        self.wait_health(200)
+
+    def restart_api(self, **environment: str) -> Child:
+        """End the API and start another on the same port."""
+        old = next(child for child in self.children if child.name.startswith("api"))
+        old.stop(30)
+        self.children.remove(old)
+        started = self.start("api", **environment)
+        self.wait_api()
+        return started
+
     def logs(self) -> str:
         """Return what the processes wrote last."""
         return "\n\n".join(f"--- {child.name}\n{child.tail(60)}" for child in self.children)

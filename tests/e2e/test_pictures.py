@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -177,11 +178,24 @@ def items(client: Any) -> list[dict[str, Any]]:
 
 def check_pixels(client: Any, jobs: list[dict[str, Any]], direct: Any) -> None:
     for job in jobs:
-        ours = Image.open(io.BytesIO(client.output(job)))
-        expected = direct(job, PHOTOS[job["name"]])
+        data = client.output(job)
+        ours = Image.open(io.BytesIO(data))
+        # What the file says of itself takes the place of the job's record: it alone must make the same picture.
+        expected = direct(job | said_of_itself(job, data), PHOTOS[job["name"]])
         assert ours.format == "PNG"
         assert ours.size == expected.size, job["name"]
         assert (np.asarray(ours) == np.asarray(expected)).all(), job["name"]
+
+
+def said_of_itself(job: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Return the record in a result's file, which must be the job's."""
+    from pipelines.provenance import read_record
+
+    record = read_record(data) or {}
+    names = ("model", "model_version", "prompt", "negative_prompt", "params", "loras")
+    of_the_job = {"job_id": job["id"], "input_sha256": [job["input"]["sha256"]]}
+    assert record == {name: job[name] for name in names} | of_the_job
+    return record
 
 
 def test_each_pixel_equals_a_direct_call(stack, direct):
@@ -234,3 +248,46 @@ def test_pixels_stay_the_same_beside_cancelled_jobs(stack, direct):
     assert all(status == "succeeded" for name, status in statuses.items() if not name.startswith("doomed")), statuses
     assert statuses["doomed-0"] == "cancelled"
     check_pixels(client, [job for job in batch["jobs"] if job["name"] in PHOTOS], direct)
+
+
+SUFFIXES = {"webp": "webp", "png": "png", "jpeg": "jpg"}
+
+
+def check_file(client: Any, job: dict[str, Any], asked: dict[str, Any]) -> bytes:
+    """Compare a downloaded result with what was asked for."""
+    response = httpx.get(job["output"]["url"], timeout=60)
+    assert response.headers["content-type"] == job["output"]["content_type"] == f"image/{asked['format']}"
+    suffix = SUFFIXES[asked["format"]]
+    assert f'filename="{job["index"] + 1:03d}-hall.{suffix}"' in response.headers["content-disposition"]
+    data = client.output(job)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.format == asked["format"].upper()
+        expected = (300, 400) if asked["size"] == "input" else (job["params"]["width"], job["params"]["height"])
+        assert image.size == (job["output"]["width"], job["output"]["height"]) == expected
+        assert ("xmp" in image.info) == asked.get("metadata", True)
+    if asked.get("metadata", True):
+        said_of_itself(job, data)
+    return data
+
+
+def test_results_are_files_as_asked_for(stack):
+    """Each format, size and quality, with and without the record, is what a client downloads of a sideways photo."""
+    stack.start_worker()
+    stack.wait_ready()
+    client = stack.client
+    (photo,) = client.upload({"sideways.jpg": PHOTOS["sideways.jpg"]})
+    asked = [{"format": name, "size": size} for name in SUFFIXES for size in ("model", "input")]
+    asked += [{"format": name, "size": "input", "quality": 5, "metadata": False} for name in SUFFIXES]
+    shared = {"model": FLUX, "params": {"seed": 5, "num_inference_steps": 2}, "output": {"quality": 95}}
+
+    items = [{"upload_id": photo, "name": "hall.jpg", "output": output} for output in asked]
+    batch = client.finished(client.submit({"defaults": shared, "items": items})["id"])
+
+    assert batch["counts"]["succeeded"] == len(asked), batch["jobs"]
+    lengths = {}
+    for job, output in zip(batch["jobs"], asked, strict=True):
+        data = check_file(client, job, output)
+        lengths[output["format"], output["size"], "quality" in output] = len(data)
+    for name in ("webp", "jpeg"):
+        assert lengths[name, "input", True] * 2 < lengths[name, "input", False]
+    assert lengths["png", "input", True] < lengths["png", "input", False] < lengths["png", "input", True] + 4000

@@ -134,8 +134,9 @@ def test_data_folder_is_kept_in_order(running):
         "api.log",
         "worker-1.log",
     }
-    assert {"valkey", "store", "lock", "store-keys.json", "ports.json"} <= {path.name for path in folder.iterdir()}
-    assert (folder / "store-keys.json").stat().st_mode & 0o077 == 0
+    secrets = {"store-keys.json", "webhook-secret"}
+    assert {"valkey", "store", "lock", "ports.json", *secrets} <= {path.name for path in folder.iterdir()}
+    assert all((folder / name).stat().st_mode & 0o077 == 0 for name in secrets)
     assert (folder / "lock").read_text().strip() == str(running.process.pid)
 
 

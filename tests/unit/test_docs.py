@@ -65,7 +65,7 @@ def test_every_error_code_is_in_the_api_page() -> None:
 def test_the_api_page_names_no_code_that_is_gone() -> None:
     """The tables hold nothing that the code does not."""
     in_tables = set(re.findall(r"^\| `([a-z_]+)` \| ", API_PAGE, flags=re.MULTILINE))
-    fields = {"code", "model", "prompt", "negative_prompt", "params", "output"}
+    fields = {"code", "model", "prompt", "negative_prompt", "params", "output", "loras"}
     assert not in_tables - fields - {*codes_of_classes(), *codes_of_jobs()}
 
 
