@@ -26,7 +26,7 @@ demo: $(VENV)/.run ## Stage eight drawn rooms with the tiny models, all on this 
 
 test: $(VENV)/.dev ## Run every tier of tests but gpu, with branch coverage
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
 
 check: $(VENV)/.dev ## Lint, formatting, types, import contracts, spelling; changes nothing
 	$(BIN)/ruff check .
@@ -41,6 +41,7 @@ fix: $(VENV)/.dev ## Apply what ruff can repair by itself
 
 bench: $(VENV)/.dev ## Measure what the documents quote
 	$(BIN)/python scripts/bench_config.py
+	$(BIN)/python scripts/bench_submit.py
 
 clean: ## Remove the virtual environment, caches and the contact sheet; data and results stay
 	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .import_linter_cache
