@@ -17,7 +17,7 @@ from redis.retry import Retry
 
 from server.child import Child
 from server.errors import StoreUnavailable
-from server.ports import free_ports, is_free
+from server.ports import PortClaim, claim_free_ports, is_free
 from server.settings import StoreSettings
 from server.store import Store
 
@@ -70,7 +70,11 @@ class _EmbeddedServer:
 
     def __init__(self, data_dir: Path, *, ports: list[int] | None = None, log_file: Path | None = None) -> None:
         self.data_dir = data_dir.absolute()
-        self.ports = ports if ports and len(ports) == self.num_ports else free_ports(self.num_ports)
+        # Held while the server may run: two that start at the same moment would else find the same port free, and
+        # SeaweedFS lives on without one that it did not get.
+        self._claims: list[PortClaim] = []
+        self.ports = ports if ports and len(ports) == self.num_ports else []
+        self._claim_ports()
         self._log_file = log_file or self.data_dir.with_name(f"{self.data_dir.name}.log")
         self.child = Child(self.name, [], log_file=self._log_file)
         self._restarts_left = _MAX_RESTARTS
@@ -84,8 +88,7 @@ class _EmbeddedServer:
             EmbeddedServerFailed: its program is not installed.
         """
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        if not all(is_free(port) for port in self.ports):
-            self.ports = free_ports(self.num_ports)
+        self._claim_ports()
         self.child = self._make_child()
         self.child.start(self._environment())
 
@@ -121,14 +124,32 @@ class _EmbeddedServer:
     def stop(self, timeout_seconds: float = 10.0) -> None:
         """End the server in good order, or kill it after `timeout_seconds`. Its data stays."""
         self.child.stop(timeout_seconds)
+        self._release_ports()
 
     def kill(self) -> None:
         """End the server at once, as a power cut would. Its data stays."""
         self.child.kill_group()
+        self._release_ports()
 
     def tail(self, num_lines: int = 20) -> str:
         """Last lines of the server's output."""
         return self.child.tail(num_lines)
+
+    def _claim_ports(self) -> None:
+        """Claim `ports` where all of them can be had, and as many others where not."""
+        self._release_ports()
+        for port in self.ports:
+            if (claim := PortClaim.take([port])) is not None:
+                self._claims.append(claim)
+        if len(self._claims) < self.num_ports:
+            self._release_ports()
+            self._claims = claim_free_ports(self.num_ports)
+        self.ports = [claim.port for claim in self._claims]
+
+    def _release_ports(self) -> None:
+        for claim in self._claims:
+            claim.release()
+        self._claims = []
 
     def _make_child(self) -> Child:
         raise NotImplementedError

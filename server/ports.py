@@ -1,8 +1,8 @@
 """Ports of 127.0.0.1 for servers that start side by side, on one machine, without knowing of each other."""
 
+import os
 import socket
 from collections.abc import Iterable
-from contextlib import ExitStack
 from random import SystemRandom
 
 # Below the range from which Linux takes the ports of outgoing connections, so that none of those is in the way.
@@ -10,7 +10,7 @@ _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 
 
 def free_ports(count: int) -> list[int]:
-    """Find `count` ports of 127.0.0.1 on which nothing listens.
+    """Find `count` ports of 127.0.0.1 on which nothing listens and which nobody has claimed.
 
     Another process may take one before its new owner does: a server that then cannot start is started again
     with other ports.
@@ -18,19 +18,17 @@ def free_ports(count: int) -> list[int]:
     Returns:
         Distinct ports, in random order.
     """
-    candidates = SystemRandom().sample(range(_FIRST_PORT, _LAST_PORT), _LAST_PORT - _FIRST_PORT)
-    found: list[int] = []
-    with ExitStack() as held:
-        for port in candidates:
-            if len(found) == count:
-                break
-            probe = held.enter_context(socket.socket())
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            found.append(port)
-    return found
+    claims = claim_free_ports(count)
+    for claim in claims:
+        claim.release()
+    return [claim.port for claim in claims]
+
+
+def claim_free_ports(count: int) -> "list[PortClaim]":
+    """Claim `count` ports of 127.0.0.1 on which nothing listens; distinct, in random order."""
+    candidates = iter(SystemRandom().sample(range(_FIRST_PORT, _LAST_PORT), _LAST_PORT - _FIRST_PORT))
+    claims = (PortClaim.take(candidates) for _ in range(count))
+    return [claim for claim in claims if claim is not None]
 
 
 def is_free(port: int) -> bool:
@@ -46,7 +44,7 @@ def is_free(port: int) -> bool:
 
 
 class PortClaim:
-    """A port that no other claimant takes, though nothing listens on it yet; given up with the process at the latest.
+    """A port that no other claimant takes, though nothing listens on it yet; given up with the object at the latest.
 
     Between looking for a free port and listening on it, a server may need seconds, in which another would find the
     same port free. The claim is a name that the kernel lets only one process hold.
@@ -54,7 +52,8 @@ class PortClaim:
 
     def __init__(self, port: int, holder: socket.socket) -> None:
         self.port = port
-        self._holder = holder
+        # No socket object, which would complain where the collector, not `release`, ends the claim.
+        self._descriptor: int | None = holder.detach()
 
     @classmethod
     def take(cls, ports: Iterable[int]) -> "PortClaim | None":
@@ -71,6 +70,11 @@ class PortClaim:
             holder.close()
         return None
 
+    def __del__(self) -> None:
+        self.release()
+
     def release(self) -> None:
-        """Let others have the port."""
-        self._holder.close()
+        """Let others have the port; may be called again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -14,6 +14,7 @@ import pytest
 import redis
 
 from server.embedded import EmbeddedServerFailed, EmbeddedStore, EmbeddedValkey, valkey_binary, weed_binary
+from server.ports import PortClaim
 from server.store import Store
 
 START_BOTH = """
@@ -122,6 +123,16 @@ def test_servers_start_side_by_side(tmp_path):
     finally:
         for server in servers:
             server.kill()
+
+
+def test_ports_are_kept_from_others_until_the_server_ends(tmp_path, started):
+    """From its making to its end nobody else is given a server's ports, even those that it never listens on."""
+    server = EmbeddedStore(tmp_path / "store")
+    assert EmbeddedStore(tmp_path / "other", ports=server.ports).ports != server.ports
+    started(server)
+    assert [PortClaim.take([port]) for port in server.ports] == [None] * len(server.ports)
+    server.kill()
+    assert EmbeddedStore(tmp_path / "other", ports=server.ports).ports == server.ports
 
 
 @pytest.mark.parametrize("kind", [EmbeddedValkey, EmbeddedStore])
