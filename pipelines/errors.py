@@ -6,6 +6,7 @@ PipelineError
 ├─ Cancelled           a cancel reached the run
 ├─ DeadlineExceeded    the run used up its time on the device
 └─ WeightsError        the model cannot be loaded; the worker serves the others
+   └─ WeightsMissing   its folder is not there, as on every machine that serves only some of the models
 """
 
 
@@ -31,3 +32,7 @@ class DeadlineExceeded(PipelineError):
 
 class WeightsError(PipelineError):
     """Raised when a model's weights are missing, damaged, of the wrong format or of another model."""
+
+
+class WeightsMissing(WeightsError):
+    """Raised when the folder of a model's weights is not there at all."""
