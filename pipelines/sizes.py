@@ -24,20 +24,20 @@ MAX_OUTPUT_SIDES = {"webp": 16383, "png": 2**31 - 1, "jpeg": 65500}
 MAX_SEED = 2**53 - 1
 
 
-def check_photo_size(height: int, width: int) -> None:
+def check_photo_size(height: int, width: int, max_ratio: int = MAX_PHOTO_RATIO) -> None:
     """Refuse a photo that is too narrow for the pipelines to scale.
 
     Args:
         height: of the photo with its orientation applied, in pixels.
         width: likewise.
+        max_ratio: the family's own, `SizeParams.MAX_PHOTO_RATIO`.
 
     Raises:
-        BadInput: the longer side is more than `MAX_PHOTO_RATIO` times the shorter.
+        BadInput: the longer side is more than `max_ratio` times the shorter.
     """
-    if max(height, width) > MAX_PHOTO_RATIO * min(height, width):
+    if max(height, width) > max_ratio * min(height, width):
         raise BadInput(
-            f"the photo has {width} x {height} pixels; "
-            f"its longer side may be at most {MAX_PHOTO_RATIO} times the shorter one"
+            f"the photo has {width} x {height} pixels; its longer side may be at most {max_ratio} times the shorter one"
         )
 
 
@@ -70,7 +70,11 @@ class SizeParams(BaseModel):
     # The classes of diffusers that the family can call.
     PIPELINES: ClassVar[tuple[str, ...]] = ()
     MAX_INPUT_IMAGES: ClassVar[int] = 1
+    # How many times as long as the shorter side of a photo its longer side may be.
+    MAX_PHOTO_RATIO: ClassVar[int] = MAX_PHOTO_RATIO
     HAS_NEGATIVE_PROMPT: ClassVar[bool] = False
+    # Whether the class tells of each step; else a run is one step, which cannot be stopped.
+    REPORTS_STEPS: ClassVar[bool] = True
 
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Start of the noise; drawn when left out.")
     aspect_ratio: AspectRatio = Field(
@@ -130,7 +134,7 @@ class SizeParams(BaseModel):
         Raises:
             BadInput: the photo is too narrow, whatever the size of the output (the model also reads it at `area`).
         """
-        check_photo_size(photo_height, photo_width)
+        check_photo_size(photo_height, photo_width, self.MAX_PHOTO_RATIO)
         if self.width is not None and self.height is not None:
             return self.height, self.width
         return size_of_area(self._named_ratio() or photo_width / photo_height, area)

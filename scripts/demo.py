@@ -16,6 +16,7 @@ from typing import Any
 from draw_rooms import draw_rooms
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from pipelines.twin_stamp import is_current
 from server.child import Child
 from server.client.batch import BatchRequest, BatchRun, PhotoResult
 from server.client.errors import ClientError
@@ -116,12 +117,12 @@ def running_server(log_file: Path) -> Iterator[DemoServer]:
 
 
 def make_twins() -> None:
-    """Make the tiny models if they are not there.
+    """Make the tiny models if they are not there, or were made by another version.
 
     Raises:
         DemoFailed: they cannot be made.
     """
-    if all((REPOSITORY / "weights" / twin).is_dir() for twin in (QWEN, KONTEXT)):
+    if all(is_current(REPOSITORY / "weights" / twin) for twin in (QWEN, KONTEXT)):
         return
     command = [
         sys.executable,

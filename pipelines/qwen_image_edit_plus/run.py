@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from pipelines.errors import BadInput
+from pipelines.qwen import build_kwargs
 from pipelines.qwen_image_edit_plus.params import Params
 from pipelines.running import PipelineCall, RunRequest
 from pipelines.sizes import check_photo_size
@@ -22,45 +22,20 @@ def build_call(pipe: Any, photos: list[Image.Image], request: RunRequest) -> Pip
     """Say everything to the pipeline that it would otherwise decide by itself.
 
     Args:
-        pipe: a QwenImageEditPlusPipeline; only asked for its control tokens.
+        pipe: a QwenImageEditPlusPipeline; only asked for its tokenizer.
         photos: 1 to 3, RGB, 8 bit, orientation applied, of any sizes; the prompt calls them Picture 1, 2 and 3.
         request: the job, resolved.
 
     Raises:
-        BadInput: too many photos, one of them too narrow, a control token in a prompt, or a negative prompt that
-            guidance would not use.
+        BadInput: too many photos, one of them too narrow, a prompt that is too long or holds a control token, or a
+            negative prompt that guidance would not use.
     """
     if not 1 <= len(photos) <= Params.MAX_INPUT_IMAGES:
         raise BadInput(f"this model takes 1 to {Params.MAX_INPUT_IMAGES} photos, not {len(photos)}")
     for photo in photos:
         check_photo_size(photo.height, photo.width)
-    params = request.params
-    kwargs = {
-        "image": list(photos),
-        "prompt": request.prompt,
-        "true_cfg_scale": params["true_cfg_scale"],
-        "height": params["height"],
-        "width": params["width"],
-        "num_inference_steps": params["num_inference_steps"],
-        # On the CPU, so that a seed means the same noise on every device.
-        "generator": torch.Generator("cpu").manual_seed(params["seed"]),
-        "output_type": "pil",
-    }
-    if params["true_cfg_scale"] > 1:
-        # Without a negative prompt the pipeline would leave guidance out, with no more than a warning.
-        kwargs["negative_prompt"] = request.negative_prompt or " "
-    elif request.negative_prompt:  # refused at submission already
-        raise BadInput("a negative prompt has no effect unless true_cfg_scale is above 1: raise it, or leave it out")
-    _refuse_control_tokens(pipe, request)
+    kwargs = build_kwargs(pipe, request) | {"image": list(photos)}
     return PipelineCall(kwargs, partial(_reference_area, request.area))
-
-
-def _refuse_control_tokens(pipe: Any, request: RunRequest) -> None:
-    # They would end the user's turn or ask for a photo that is not there, on which the text encoder fails.
-    for name, text in (("prompt", request.prompt), ("negative prompt", request.negative_prompt or "")):
-        found = [token for token in pipe.tokenizer.all_special_tokens if token in text]
-        if found:
-            raise BadInput(f"the {name} holds {found[0]}, which is one of the model's control tokens: leave it out")
 
 
 @contextmanager

@@ -19,10 +19,12 @@ QWEN_CONTROL_TOKENS = [
 ]
 # One token each for T5, so that ordinary prompts stay well under its 512 tokens; other words are spelled.
 STAGING_WORDS = (
-    "a add and at bathroom bed bedroom blue ceiling chair contemporary curtains decor dining do door doors empty "
-    "entryway floor furniture green in industrial keep kitchen lamp light living modern move no not of office on "
-    "outdoor photo plants realistic red room rug scandinavian sofa staging style table the traditional unchanged "
-    "wall walls window windows with wood"
+    "a add already and any are as at bathroom bed bedroom blue camera ceiling chair contact contemporary curtains "
+    "decor dining direction do door doors doorway empty entryway every exactly floor follow for front furniture green "
+    "in industrial it its keep kitchen lamp lamps light lighting living may mirror modern move no not nothing of "
+    "office on only outdoor outside perspective photo photograph plants position realistic red room rug scandinavian "
+    "shadows size sofa soft stage staging stand style table that the their they things this to traditional true "
+    "unchanged wall walls where window windows with wood"
 )
 
 
