@@ -1,37 +1,28 @@
-"""Load a model from local safetensors files, and make sure that what was loaded is all of it."""
+"""Load a model from local safetensors files, once it is sure that they are whole and fit together."""
 
+import functools
 import gc
 import importlib
-import json
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]  # exported lazily
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from pipelines.errors import OutOfMemory, WeightsError
-from pipelines.running import Run, RunRequest, is_out_of_memory, one_line
-from pipelines.weights import ModelSpec, check_weights, components, has_weights
+from pipelines.checking import Telling, check_loadable
+from pipelines.errors import OutOfMemory
+from pipelines.loras import LoraSwitch, load_loras
+from pipelines.running import Run, RunRequest, is_out_of_memory
+from pipelines.weights import ModelSpec
 
-__all__ = ["LoadedModel", "ModelSpec", "check_weights", "load_model"]
+__all__ = ["LoadedModel", "ModelSpec", "check_loadable", "load_model"]
 
-# What the libraries raise for files that do not fit together; they have no class of their own for it.
-LIBRARY_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+_CACHE = type(functools.lru_cache(lambda: None))
 
 
 class LoadedModel:
@@ -46,6 +37,8 @@ class LoadedModel:
         self.spec = spec
         self.pipeline: Any = pipeline
         self._family = importlib.import_module(f"pipelines.{spec.family}.run")
+        self._loras = LoraSwitch(spec.loras)
+        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
     def start(self, photos: list[Image.Image], request: RunRequest, *, num_threads: int | None = None) -> Run:
         """Prepare a run; nothing is computed before its first `advance()`.
@@ -59,18 +52,50 @@ class LoadedModel:
             A run, to be closed by the caller before the model is.
 
         Raises:
-            BadInput: the family cannot run this request.
+            BadInput: the family cannot run this request, or the model has not its LoRAs.
+            RuntimeError: another run is open that uses other LoRAs, or others of its scales.
         """
+        loras = self._loras.resolve(request.loras)
+        if loras != self._loras.chosen and any(run.is_open for run in self._runs):
+            raise RuntimeError(f"{self.spec.id}: a run with other LoRAs is open; LoRAs change the model of all runs")
         call = self._family.build_call(self.pipeline, photos, request)
-        return Run(self.pipeline, call, num_threads=num_threads)
+        self._loras.switch(self.pipeline, loras)
+        scheduler = self._loras.make_scheduler(self.pipeline, loras)
+        run = Run(self.pipeline, call, scheduler=scheduler, num_threads=num_threads)
+        self._runs.add(run)
+        return run
 
     def close(self) -> None:
         """Free the memory of the model; its runs must have been closed."""
+        _empty_caches(self.pipeline)
         self.pipeline = None
         # Modules and their hooks point at each other: only the collector frees them, and only then CUDA's own cache.
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _empty_caches(pipeline: Any) -> None:
+    """Empty the caches of the classes of a pipeline's layers.
+
+    diffusers caches some methods of its layers, such as those that make Qwen's tables of positions. Such a cache is the
+    class's, and holds every layer that ever filled it, with its tables on the device, for as long as the process lives.
+    Other loaded models make theirs again.
+    """
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    kinds = {kind for part in parts for layer in part.modules() for kind in type(layer).__mro__}
+    for kind in kinds - set(torch.nn.Module.__mro__):
+        for method in vars(kind).values():
+            for found in (method, *_called_by(method)):
+                if isinstance(found, _CACHE):
+                    found.cache_clear()
+
+
+def _called_by(method: Any) -> Iterator[Any]:
+    """Give what a decorator wrapped into a method."""
+    for cell in getattr(method, "__closure__", None) or ():
+        with suppress(ValueError):  # nothing was ever put there
+            yield cell.cell_contents
 
 
 def load_model(spec: ModelSpec, device: str) -> LoadedModel:
@@ -87,10 +112,11 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
         WeightsError: something is missing, damaged, incomplete or of another class.
         OutOfMemory: the device has too little memory.
     """
-    check_weights(spec)
-    _quieten_libraries()
+    check_loadable(spec)
     try:
-        pipeline = _read_pipeline(spec)
+        with Telling(spec, str(spec.weights_dir)):
+            pipeline = _read_pipeline(spec)
+        load_loras(spec, pipeline)
         pipeline.to(device)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
@@ -101,56 +127,11 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
     return LoadedModel(spec, pipeline)
 
 
-def _quieten_libraries() -> None:
-    # A log has lines, not bars, and a prompt that is too long for CLIP would be quoted in it.
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()
-        library.utils.logging.set_verbosity_error()
-
-
 def _read_pipeline(spec: ModelSpec) -> DiffusionPipeline:
-    dtype = getattr(torch, spec.dtype)
-    try:
-        pipeline = getattr(diffusers, spec.pipeline).from_pretrained(
-            spec.weights_dir,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            **_read_text_encoders(spec, dtype),
-        )
-    except LIBRARY_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        raise WeightsError(f"{spec.id}: {spec.weights_dir} cannot be loaded: {one_line(error)}") from error
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
-            # diffusers leaves a parameter that no file has without a value, and the first run would fail on it.
-            _check_complete(spec, name, [key for key, value in part.named_parameters() if value.is_meta])
-    return pipeline
-
-
-def _check_complete(spec: ModelSpec, component: str, missing: Iterable[str]) -> None:
-    names = sorted(missing)
-    if names:
-        raise WeightsError(
-            f"{spec.id}: the weights of {component} lack {len(names)} parameters that its config.json asks for, "
-            f"such as {names[0]}"
-        )
-
-
-def _read_text_encoders(spec: ModelSpec, dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    # transformers fills what no file has with random numbers, and says so only to who asks it, not to diffusers.
-    text_encoders: dict[str, torch.nn.Module] = {}
-    index = json.loads((spec.weights_dir / "model_index.json").read_bytes())
-    for name, (library, class_name) in components(index).items():
-        if library != "transformers" or not has_weights(class_name):
-            continue
-        model, report = getattr(transformers, class_name).from_pretrained(
-            spec.weights_dir / name, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        _check_complete(spec, name, report["missing_keys"])
-        text_encoders[name] = model
-    return text_encoders
+    # Both libraries would make numbers up, or leave them out, where a file has none: the check has excluded that.
+    return getattr(diffusers, spec.pipeline).from_pretrained(
+        spec.weights_dir, dtype=getattr(torch, spec.dtype), local_files_only=True, use_safetensors=True
+    )
 
 
 def _pass_image_positions(pipeline: Any) -> None:

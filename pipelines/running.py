@@ -6,6 +6,7 @@ baton runs torch, and a pipeline that is not safe for threads is never in two at
 """
 
 import copy
+import inspect
 import threading
 import traceback
 from collections.abc import Callable
@@ -21,6 +22,14 @@ from pipelines.errors import OutOfMemory
 
 
 @dataclass(frozen=True)
+class LoraChoice:
+    """One of the model's LoRAs, and how strongly it is laid over the model; at scale 0 it changes nothing."""
+
+    id: str
+    scale: float
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """What a job asks of its model; everything is decided, nothing is left to a default.
 
@@ -29,12 +38,14 @@ class RunRequest:
         negative_prompt: what to keep away from, where the family has one.
         params: as `SizeParams.resolved` gives them: height, width and seed are numbers.
         area: at which the model reads its photos, in pixels.
+        loras: laid over the model for this run alone; no id twice.
     """
 
     prompt: str
     negative_prompt: str | None
     params: dict[str, Any]
     area: int
+    loras: tuple[LoraChoice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,8 @@ class RunTraceback(Exception):
 class Run:
     """One photo on its way through a pipeline.
 
-    `advance()` and `close()` are for one thread, the lane. Whoever starts a run closes it.
+    `advance()` and `close()` are for one thread, the lane. Whoever starts a run closes it. A pipeline that does not
+    call back after each step runs as a whole in the first `advance()`.
 
     Attributes:
         step: number of steps that are done.
@@ -73,11 +85,18 @@ class Run:
         image: the result, RGB; None until `advance()` has returned False.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, call: PipelineCall, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        call: PipelineCall,
+        *,
+        scheduler: Any | None = None,
+        num_threads: int | None = None,
+    ) -> None:
         # The scheduler counts steps and the call keeps state on the pipeline: both are this run's own. The models,
         # which hold the memory, are shared.
         self._pipeline: Any = copy.copy(pipeline)
-        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler)
+        self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler) if scheduler is None else scheduler
         self._device: torch.device = pipeline.device
         self._call = call
         self._num_threads = num_threads
@@ -90,6 +109,11 @@ class Run:
         self.step = 0
         self.total_steps: int = call.kwargs["num_inference_steps"]
         self.image: Image.Image | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it may still go on: neither finished, nor failed, nor closed."""
+        return not self._closing
 
     def advance(self) -> bool:
         """Run to the next step boundary; the first call also encodes prompt and photo, the last also decodes.
@@ -139,8 +163,7 @@ class Run:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         try:
-            output = self._pipeline(**self._call.kwargs, callback_on_step_end=self._end_step)
-            self.image = output.images[0]
+            self._finish(self._pipeline(**self._call.kwargs, **self._callback()))
         except RunClosed:
             self._pipeline.maybe_free_model_hooks()
         except BaseException as error:  # noqa: BLE001 - carried to the lane, where advance() raises it
@@ -153,6 +176,10 @@ class Run:
         finally:
             del self._pipeline, self._call
             self._handed_back.release()
+
+    def _callback(self) -> dict[str, Any]:
+        takes_callback = "callback_on_step_end" in inspect.signature(self._pipeline.__call__).parameters
+        return {"callback_on_step_end": self._end_step} if takes_callback else {}
 
     def _end_step(self, pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         if self._device.type == "cuda":
@@ -167,6 +194,12 @@ class Run:
         if self._closing:
             raise RunClosed
         return {}
+
+    def _finish(self, output: Any) -> None:
+        if self._closing:
+            # Where nothing was called back, this is the first that the run hears of it.
+            raise RunClosed
+        self.image, self.step = output.images[0], self.total_steps
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,9 +1,10 @@
 """The tiny twins, loaded once for all tests of a pytest worker."""
 
 import copy
+import importlib
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,30 @@ from PIL import Image
 if TYPE_CHECKING:
     from pipelines.loading import LoadedModel, ModelSpec
     from pipelines.running import Run, RunRequest
+    from pipelines.sizes import SizeParams
 
 AREA = 128 * 128
+# What every test of `twin` runs with: a short name → the twin's weights, its family, its pipeline.
 TWINS = {
     "qwen": ("tiny-qwen-image-edit-2511", "qwen_image_edit_plus", "QwenImageEditPlusPipeline"),
     "kontext": ("tiny-flux-kontext", "flux_kontext", "FluxKontextPipeline"),
+    "qwen_2509": ("tiny-qwen-image-edit-2509", "qwen_image_edit_plus", "QwenImageEditPlusPipeline"),
+    "qwen_original": ("tiny-qwen-image-edit", "qwen_image_edit", "QwenImageEditPipeline"),
+    "klein": ("tiny-flux2-klein", "flux2_klein", "Flux2KleinPipeline"),
 }
+# Those of the generic family, with what their entries allow; they do less than every test of `twin` asks for.
+GENERIC_TWINS = {
+    "pix2pix": ("tiny-instruct-pix2pix", "generic", "StableDiffusionInstructPix2PixPipeline"),
+    "longcat": ("tiny-longcat-image-edit", "generic", "LongCatImageEditPipeline"),
+    "generic_klein": ("tiny-flux2-klein", "generic", "Flux2KleinPipeline"),
+}
+ALLOWED = {
+    "pix2pix": ("guidance_scale", "image_guidance_scale", "negative_prompt", "eta"),
+    "longcat": ("guidance_scale", "negative_prompt"),
+    "generic_klein": ("guidance_scale",),
+}
+# What a twin runs with where it is not its family's default.
+DEFAULTS = {"klein": {"guidance_scale": 1.0}}
 
 
 @dataclass
@@ -28,7 +47,11 @@ class Twin:
 
     name: str
     model: "LoadedModel"
-    params_model: type
+    params_model: type["SizeParams"]
+
+    def takes(self, parameter: str) -> bool:
+        """Tell whether its family has a parameter."""
+        return parameter in self.params_model.model_fields
 
     def request(self, photos: list[Image.Image], **changes: Any) -> "RunRequest":
         """Resolve a request for the photos; `prompt`, `negative_prompt` and any parameter may be given."""
@@ -36,7 +59,8 @@ class Twin:
 
         prompt = changes.pop("prompt", "Furnish this empty room as a modern living room.")
         negative_prompt = changes.pop("negative_prompt", None)
-        params = self.params_model(**{"num_inference_steps": 4, "seed": 1} | changes)
+        values: dict[str, Any] = {"num_inference_steps": 4, "seed": 1} | DEFAULTS.get(self.name, {}) | changes
+        params = self.params_model(**values)
         return RunRequest(prompt, negative_prompt, params.resolved(photos[0].height, photos[0].width, AREA, 0), AREA)
 
     def start(self, photos: list[Image.Image], **changes: Any) -> "Run":
@@ -61,13 +85,10 @@ class Twin:
         """Make a picture by calling the diffusers pipeline itself, in this thread and in one go."""
         import torch
 
-        from pipelines.flux_kontext import run as flux_kontext
-        from pipelines.qwen_image_edit_plus import run as qwen_image_edit_plus
-
-        families = {"qwen": qwen_image_edit_plus, "kontext": flux_kontext}
+        family = importlib.import_module(f"pipelines.{self.model.spec.family}.run")
         pipeline = copy.copy(self.model.pipeline)
         pipeline.scheduler = copy.deepcopy(self.model.pipeline.scheduler)
-        prepared = families[self.name].build_call(pipeline, photos, self.request(photos, **changes))
+        prepared = family.build_call(pipeline, photos, self.request(photos, **changes))
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -80,39 +101,46 @@ class Twin:
 def twin_spec(weights_dir: Path, name: str) -> "ModelSpec":
     from pipelines.loading import ModelSpec
 
-    model_id, family, pipeline = TWINS[name]
+    model_id, family, pipeline = (TWINS | GENERIC_TWINS)[name]
     return ModelSpec(model_id, family, pipeline, weights_dir / model_id, "float32", AREA)
 
 
-def _load_twin(weights_dir: Path, name: str) -> Twin:
-    from pipelines.flux_kontext.params import Params as KontextParams
+@pytest.fixture(scope="session")
+def load_twin(weights_dir: Path) -> Iterator[Callable[[str], Twin]]:
+    """Give a function that loads a twin by its short name; one that was loaded before is given again."""
     from pipelines.loading import load_model
-    from pipelines.qwen_image_edit_plus.params import Params as QwenParams
 
-    params_model = {"qwen": QwenParams, "kontext": KontextParams}[name]
-    return Twin(name, load_model(twin_spec(weights_dir, name), "cpu"), params_model)
+    loaded: dict[str, Twin] = {}
+
+    def load(name: str) -> Twin:
+        if name not in loaded:
+            spec = twin_spec(weights_dir, name)
+            family = importlib.import_module(f"pipelines.{spec.family}.params")
+            params_model = family.params_of(spec.pipeline, ALLOWED[name]) if name in ALLOWED else family.Params
+            loaded[name] = Twin(name, load_model(spec, "cpu"), params_model)
+        return loaded[name]
+
+    yield load
+    for twin in loaded.values():
+        twin.model.close()
 
 
 @pytest.fixture(scope="session")
-def qwen(weights_dir: Path) -> Iterator[Twin]:
+def qwen(load_twin: Callable[[str], Twin]) -> Twin:
     """Give the twin of Qwen-Image-Edit 2511."""
-    twin = _load_twin(weights_dir, "qwen")
-    yield twin
-    twin.model.close()
+    return load_twin("qwen")
 
 
 @pytest.fixture(scope="session")
-def kontext(weights_dir: Path) -> Iterator[Twin]:
+def kontext(load_twin: Callable[[str], Twin]) -> Twin:
     """Give the twin of FLUX.1 Kontext."""
-    twin = _load_twin(weights_dir, "kontext")
-    yield twin
-    twin.model.close()
+    return load_twin("kontext")
 
 
 @pytest.fixture(params=list(TWINS))
-def twin(request: pytest.FixtureRequest) -> Twin:
+def twin(request: pytest.FixtureRequest, load_twin: Callable[[str], Twin]) -> Twin:
     """Give each twin in turn."""
-    return request.getfixturevalue(request.param)
+    return load_twin(request.param)
 
 
 @pytest.fixture
@@ -121,6 +149,30 @@ def copied(weights_dir: Path, tmp_path: Path) -> "ModelSpec":
     folder = tmp_path / "weights"
     shutil.copytree(weights_dir, folder)
     return twin_spec(folder, "qwen")
+
+
+@pytest.fixture
+def spec_with_loras(copied: "ModelSpec") -> "ModelSpec":
+    """Give what is needed to load a copy of Qwen's twin with its LoRAs, whose files a test may damage."""
+    from pipelines.manifest import manifest_path
+    from tests.integration.pipelines.lora_kit import lora_specs
+
+    loras = lora_specs(copied.weights_dir.parent, "qwen")
+    for lora in loras:
+        manifest_path(lora.file).unlink()
+    return replace(copied, loras=loras)
+
+
+@pytest.fixture(scope="session")
+def qwen_with_loras(weights_dir: Path, load_twin: Callable[[str], Twin]) -> Iterator[Twin]:
+    """Give Qwen's twin, loaded with its LoRAs."""
+    from pipelines.loading import load_model
+    from tests.integration.pipelines.lora_kit import lora_specs
+
+    plain = load_twin("qwen")
+    model = load_model(replace(plain.model.spec, loras=lora_specs(weights_dir, "qwen")), "cpu")
+    yield replace(plain, model=model)
+    model.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,10 @@ RUN_THREAD = "pipeline-run"
 
 
 @pytest.fixture(autouse=True)
-def leaves_no_thread(qwen, kontext):
+def leaves_no_thread(request, qwen, kontext):
     """Every test ends with the threads it began with; the twins come first, since the libraries start some to load."""
+    if "twin" in request.fixturenames:
+        request.getfixturevalue("twin")
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
@@ -96,15 +98,17 @@ def test_run_gives_the_pixels_of_a_plain_call(twin, photos):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_interleaved_runs_give_the_pixels_of_plain_calls(qwen, kontext, photos, seed):
-    """Runs of both models, advanced in any order and beside ones that are closed, disturb each other in no pixel."""
+def test_interleaved_runs_give_the_pixels_of_plain_calls(qwen, kontext, load_twin, photos, seed):
+    """Runs of several models, advanced in any order and beside ones that are closed, disturb each other in no pixel."""
     chance = random.Random(seed)
+    original = load_twin("qwen_original")
     jobs = [
         (qwen, photos[:1], {"seed": 1, "num_inference_steps": 4, "prompt": "Add a sofa."}),
         (kontext, photos[1:2], {"seed": 2, "num_inference_steps": 5, "prompt": "Add a large table."}),
         (qwen, photos, {"seed": 3, "num_inference_steps": 2, "true_cfg_scale": 1.0}),
         (kontext, photos[2:], {"seed": 4, "num_inference_steps": 3, "aspect_ratio": "16:9", "guidance_scale": 4.0}),
         (qwen, photos[1:], {"seed": 5, "num_inference_steps": 3, "negative_prompt": "dark", "width": 96, "height": 64}),
+        (original, photos[1:2], {"seed": 6, "num_inference_steps": 3}),
     ]
     doomed = [qwen.start(photos[:1], seed=9), kontext.start(photos[:1], seed=9)]
     runs = [twin.start(inputs, **changes) for twin, inputs, changes in jobs]
@@ -141,7 +145,7 @@ def test_run_may_be_closed_at_any_boundary(twin, photos, advances):
 def test_failure_of_the_pipeline_comes_out_of_advance(twin, photos, break_transformer, call_number):
     """What the pipeline raises reaches the lane with its traceback; the run is over, and the next one is right."""
     expected = twin.run(photos[:1])
-    run = twin.start(photos[:1], true_cfg_scale=1.0) if twin.name == "qwen" else twin.start(photos[:1])
+    run = twin.start(photos[:1], true_cfg_scale=1.0) if twin.takes("true_cfg_scale") else twin.start(photos[:1])
     break_transformer(call_number, fail_with_value_error)
     for _ in range(call_number - 1):
         assert run.advance()
