@@ -11,10 +11,13 @@ from server.client.errors import BadPhotos, ClientError
 from server.errors import ConfigError, ServerError
 
 if TYPE_CHECKING:
+    from pipelines.counting import Quantization
     from server.keys import KeyStore, Priority, Role
     from server.settings import Settings
 
 _EXIT_USAGE = 2
+# More than any machine has, for a while.
+_MAX_VRAM_GIB = 100_000
 
 _url_option = click.option(
     "--url",
@@ -82,7 +85,9 @@ def worker(device: str | None) -> None:
 @click.option("--style", help="modern, scandinavian, industrial, … (`modern` when left out).")
 @click.option("--model", help="Id of a model; see `restage models`.")
 @click.option("--prompt", help="Your own words, in place of those of room type and style.")
+@click.option("--negative-prompt", help="What to keep away from, for models that have it.")
 @click.option("--param", "params", multiple=True, metavar="KEY=VALUE", help="A parameter of the model, such as seed=7.")
+@click.option("--lora", "loras", multiple=True, metavar="ID[=SCALE]", help="A LoRA of the model; scale 1 if left out.")
 @click.option(
     "--out",
     "out_dir",
@@ -100,6 +105,7 @@ def worker(device: str | None) -> None:
 def submit(
     photos: tuple[Path, ...],
     params: tuple[str, ...],
+    loras: tuple[str, ...],
     out_dir: Path,
     as_archive: bool,
     no_wait: bool,
@@ -131,6 +137,8 @@ def submit(
     defaults: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if params:
         defaults["params"] = _parse_params(params)
+    if loras:
+        defaults["loras"] = [_parse_lora(lora) for lora in loras]
     request = BatchRequest(photos=photos, defaults=defaults, label=label)
     fetching = None if no_wait else Fetching(out_dir, as_archive)
     sys.exit(submit_photos(url, request, fetching, anew=anew, as_json=as_json))
@@ -152,18 +160,63 @@ def _parse_params(params: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
+def _parse_lora(lora: str) -> dict[str, Any]:
+    """Read `ID` or `ID=SCALE`."""
+    lora_id, sign, scale = lora.partition("=")
+    try:
+        return {"id": lora_id, "scale": float(scale)} if sign else {"id": lora_id}
+    except ValueError:
+        raise click.BadParameter(f"'{lora}' is not ID=SCALE, such as oak=0.8", param_hint="--lora") from None
+
+
 def _refuse_constant(name: str) -> None:
     """Read NaN and Infinity as text, as JSON has it: the server then says what it takes instead."""
     raise ValueError(name)
 
 
-@restage.command()
+@restage.group(invoke_without_command=True)
 @_url_option
-def models(url: str) -> None:
+@click.pass_context
+def models(context: click.Context, url: str) -> None:
     """List the models of a server, and why one is not ready."""
     from server.client.command import print_models
 
-    print_models(url)
+    if context.invoked_subcommand is None:
+        print_models(url)
+
+
+@models.command("plan")
+@click.argument("model_ids", nargs=-1, metavar="[MODEL]...")
+@click.option(
+    "--vram", "vram_gib", type=float, required=True, help="Memory of the whole GPU in GiB, as nvidia-smi shows it."
+)
+@click.option(
+    "--quantization",
+    type=click.Choice(["none", "int8", "fp8"]),
+    default="none",
+    show_default=True,
+    help="Of the weights of the transformers' linear layers; what it would save, before it can be served.",
+)
+def plan_models(model_ids: tuple[str, ...], vram_gib: float, quantization: "Quantization") -> None:
+    """Count what models take of a GPU, and which fit beside which; without a GPU, a server or the weights.
+
+    MODEL is the id of an entry of models.yaml, enabled or not; all that name a source when left out. A model whose
+    weights are here is counted from their own configuration, another from the published one.
+    """
+    import os
+
+    # NaN is in no range, and is neither below nor above one.
+    if not 0 < vram_gib <= _MAX_VRAM_GIB:
+        raise click.BadParameter(f"{vram_gib:g} is not over 0 and at most {_MAX_VRAM_GIB}, in GiB", param_hint="--vram")
+    # Set before the libraries that read it are imported: nothing here may reach for a network.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from server.plan_command import print_plan
+    from server.registry import ModelNotFound
+
+    try:
+        sys.exit(print_plan(_load_settings_without_store(), model_ids, vram_gib, quantization))
+    except ModelNotFound as error:
+        raise click.BadParameter(str(error), param_hint="MODEL") from error
 
 
 @restage.group()
@@ -190,6 +243,52 @@ def check(for_up: bool) -> None:
         raise ConfigError(problems)
     click.echo(f"the configuration '{settings.env_name}' in {settings.config_dir} is usable")
     click.echo(f"models: {', '.join(settings.models.enabled)}")
+
+
+@restage.group()
+def weights() -> None:
+    """Fetch the weights of models, and compare them with what was recorded."""
+
+
+@weights.command("fetch")
+@click.argument("model")
+@click.option(
+    "--token-file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Holds a token of the hub, for models that are gated; no other token is ever used.",
+)
+@click.option(
+    "--endpoint",
+    envvar="HF_ENDPOINT",
+    default="https://huggingface.co",
+    show_default=True,
+    help="The hub, or a mirror of it; or set HF_ENDPOINT.",
+)
+def fetch_weights(model: str, token_file: Path | None, endpoint: str) -> None:
+    """Fetch the weights of MODEL, an id of the registry, and of its LoRAs, from where their `source` says.
+
+    Only what is loaded is fetched: safetensors, configurations and vocabularies, never pickles or code. The same
+    command again goes on with one that was cut off. HF_HUB_OFFLINE does not keep this one command from the network.
+
+    Exit status: 0 when all is there, 1 when something could not be fetched, 130 when it was interrupted.
+    """
+    from server.weights.command import fetch_weights
+
+    sys.exit(fetch_weights(_load_settings_without_store(), model, endpoint, token_file))
+
+
+@weights.command("verify")
+@click.argument("models", nargs=-1)
+@click.option("--record", is_flag=True, help="Record weights that were carried here by hand, without a manifest.")
+def verify_weights(models: tuple[str, ...], record: bool) -> None:
+    """Compare the weights of MODELS, or of all enabled ones, with their manifests; reads every byte.
+
+    Exit status: 0 when all are as recorded, 1 when not, with a line for each file that is not.
+    """
+    from server.weights.command import verify_weights
+
+    sys.exit(verify_weights(_load_settings_without_store(), models, record=record))
 
 
 @restage.group()

@@ -89,7 +89,10 @@ class JobError:
 
 @dataclass(frozen=True)
 class Job:
-    """One photo to be staged. Times are milliseconds since 1970 UTC by the ledger's clock."""
+    """One photo to be staged. Times are milliseconds since 1970 UTC by the ledger's clock.
+
+    `weights_sha256` tells the weights that workers had when the job was accepted, then those that it ran on.
+    """
 
     id: str
     batch_id: str
@@ -105,6 +108,7 @@ class Job:
     params: dict[str, Any] = field(default_factory=dict[str, Any])
     loras: tuple[dict[str, Any], ...] = ()
     output_spec: OutputSpec = OutputSpec()
+    weights_sha256: str | None = None
     priority: Priority = Priority.NORMAL
     status: JobStatus = JobStatus.QUEUED
     attempts: int = 0

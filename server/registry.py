@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 from pydantic import ValidationError
 
+from pipelines.generic.params import params_of
 from pipelines.sizes import SizeParams
 from server.config.allowed import allowed_values, bounds_of, explain, plain_types, shown, suggest
 from server.config.files import ConfigFile, KeyPath, Problem, describe_problem, read_config_file
 from server.errors import ConfigError, RequestError
+from server.generic_entry import check_call, check_ranges, names_of
 from server.model_entry import (
+    GENERIC,
     MAX_INPUT_IMAGES,
     Bounds,
     InvalidParams,
@@ -108,17 +111,37 @@ def _check_entry(file: ConfigFile, index: int, raw: Any) -> Iterator[Problem]:
             path = (index, *details["loc"])
             if details["loc"][:1] == ("presets",) and details["loc"][-1] == "[key]":
                 continue  # told with what there is by _check_presets
-            if details["type"] == "too_long":
+            if path[1:] == ("optimizations",) and details["type"] == "too_long":
                 yield _problem(file, path, None, "is not supported yet; leave it out")
             else:
                 value = None if details["type"] == "missing" else shown(details["input"])
                 yield _problem(file, path, value, explain(details, ModelEntry))
     yield from _check_presets(file, (index, "presets"), dict(_items(entry.get("presets"))))
+    yield from _check_loras_together(file, index, entry)
+    yield from _check_previous(file, index, entry)
     family = entry.get("family")
-    if family in families():
+    if family == GENERIC:
+        yield from _check_generic(file, index, entry)
+    elif family in families():
+        if entry.get("allow"):
+            detail = f"is only for the family {GENERIC}; {family} has its own parameters"
+            yield _problem(file, (index, "allow"), None, detail)
         yield from _check_against_family(file, index, entry, params_of_family(family))
     elif isinstance(family, str):
         yield _problem(file, (index, "family"), shown(family), f"is unknown; {suggest(family, families())}")
+
+
+def _check_generic(file: ConfigFile, index: int, entry: Mapping[Any, Any]) -> Iterator[Problem]:
+    names = names_of(entry)
+    if names is None:
+        return  # told already
+    mistakes = list(check_call(*names))
+    if not mistakes:
+        params_model = params_of(*names)
+        mistakes += check_ranges(params_model, dict(_items(entry.get("limits"))))
+        yield from _check_against_family(file, index, entry, params_model)
+    for path, value, detail in mistakes:
+        yield _problem(file, (index, *path), value, detail)
 
 
 def _check_against_family(
@@ -145,6 +168,55 @@ def _check_against_family(
             yield _problem(file, path, shown(details["input"]), explain(details, params_model))
     for name, detail in out_of_bounds(params_model, bounds, values):
         yield _problem(file, (index, "limits", name), None, f"excludes the default: {name} {detail}")
+    for number, lora in enumerate(_mappings(entry.get("loras"))):
+        yield from _check_lora(file, (index, "loras", number), lora, params_model, (defaults, bounds))
+
+
+def _check_lora(
+    file: ConfigFile,
+    path: KeyPath,
+    lora: Mapping[Any, Any],
+    params_model: type[SizeParams],
+    of_model: tuple[Mapping[str, Any], Bounds],
+) -> Iterator[Problem]:
+    defaults, bounds = of_model
+    own = dict(_items(lora.get("defaults")))
+    try:
+        values = params_model.model_validate(merge_params(defaults, own)).model_dump()
+    except ValidationError as error:
+        values = own
+        for details in error.errors(include_url=False):
+            if details["loc"][:1] and details["loc"][0] not in own:
+                continue  # the model's own default, told there
+            yield _problem(
+                file, (*path, "defaults", *details["loc"]), shown(details["input"]), explain(details, params_model)
+            )
+    for name, detail in out_of_bounds(params_model, bounds, values):
+        if name in own:
+            yield _problem(file, (*path, "defaults", name), None, detail)
+
+
+def _check_loras_together(file: ConfigFile, index: int, entry: Mapping[Any, Any]) -> Iterator[Problem]:
+    first: dict[Any, int] = {}
+    for number, lora in enumerate(_mappings(entry.get("loras"))):
+        lora_id, scale = lora.get("id"), lora.get("scale")
+        if isinstance(lora_id, str) and first.setdefault(lora_id, number) != number:
+            detail = f"is the id of loras[{first[lora_id]}] already"
+            yield _problem(file, (index, "loras", number, "id"), shown(lora_id), detail)
+        if _is_pair(scale) and scale[0] > scale[1]:
+            yield _problem(file, (index, "loras", number, "scale"), shown(scale), "needs [lowest, highest]")
+
+
+def _check_previous(file: ConfigFile, index: int, entry: Mapping[Any, Any]) -> Iterator[Problem]:
+    seen = {entry.get("version")}
+    for number, previous in enumerate(_mappings(entry.get("previous"))):
+        version = previous.get("version")
+        if not isinstance(version, str):
+            continue
+        if version in seen:
+            detail = "is a version of this entry already; each has its own"
+            yield _problem(file, (index, "previous", number, "version"), shown(version), detail)
+        seen.add(version)
 
 
 def _check_presets(file: ConfigFile, path: KeyPath, presets: Mapping[Any, Any]) -> Iterator[Problem]:
@@ -167,6 +239,18 @@ def _items(value: Any) -> list[tuple[Any, Any]]:
     return list(cast("dict[Any, Any]", value).items()) if isinstance(value, dict) else []
 
 
+def _mappings(value: Any) -> list[Mapping[Any, Any]]:
+    """List a list's mappings; anything else is told by the entry's own check."""
+    items = cast("list[Any]", value) if isinstance(value, list) else []
+    return [cast("Mapping[Any, Any]", item) if isinstance(item, dict) else {} for item in items]
+
+
+def _is_pair(value: Any) -> TypeGuard[list[float]]:
+    """Tell whether a value is a list of two numbers."""
+    pair = cast("list[Any]", value) if isinstance(value, list) else []
+    return len(pair) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair)
+
+
 def _wrong_limit(params_model: type[SizeParams], name: Any, limit: Any) -> str | None:
     """Say what is wrong with one limit; None where nothing is."""
     if name == MAX_INPUT_IMAGES:
@@ -182,9 +266,7 @@ def _wrong_limit(params_model: type[SizeParams], name: Any, limit: Any) -> str |
         return f"is unknown; {suggest(str(name), [*numbers, MAX_INPUT_IMAGES])}"
     field = params_model.model_fields[name]
     lowest, highest = bounds_of(field)
-    pair = cast("list[Any]", limit) if isinstance(limit, list) else []
-    is_pair = len(pair) == 2 and all(isinstance(end, int | float) and not isinstance(end, bool) for end in pair)
-    if is_pair and lowest <= pair[0] <= pair[1] <= highest:
+    if _is_pair(limit) and lowest <= limit[0] <= limit[1] <= highest:
         return None
     return f"needs [lowest, highest], each {allowed_values(field).removesuffix(', or null')}"
 

@@ -162,6 +162,7 @@ class ModelsSettings(Section):
     weights_dir: Path = Path("../weights")
     default: str = Field(default="qwen-image-edit-2511", min_length=1)
     enabled: list[str] = Field(default=["qwen-image-edit-2511", "flux-kontext-dev"], min_length=1)
+    removed_grace_seconds: Seconds = 900.0
 
 
 class WorkerSettings(Section):

@@ -165,6 +165,9 @@ if redis.call("EXISTS", prefix .. ":swept") == 1 then
   redis.call("HINCRBY", prefix .. ":swept", "at", -ms)
   redis.call("HINCRBY", prefix .. ":swept", "grace_until", -ms)
 end
+for _, model in ipairs(redis.call("HKEYS", prefix .. ":removed")) do
+  redis.call("HINCRBY", prefix .. ":removed", model, -ms)
+end
 for _, key in ipairs(redis.call("KEYS", prefix .. ":upload:*")) do
   redis.call("HINCRBY", key, "form_until", -ms)
   redis.call("HINCRBY", key, "keep_until", -ms)
@@ -193,14 +196,15 @@ def pass_time() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., None]:
-    """Give a function that waits until a condition holds: `wait_until(condition, timeout_seconds=10.0)`."""
+    """Give a function that waits until a condition holds and returns it: `wait_until(condition, timeout_seconds=10)`."""
 
-    def wait(condition: Callable[[], Any], timeout_seconds: float = 10.0) -> None:
+    def wait(condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:
         deadline = time.monotonic() + timeout_seconds
-        while not condition():
+        while not (found := condition()):
             if time.monotonic() > deadline:
                 pytest.fail(f"not within {timeout_seconds:g} s")
             time.sleep(0.02)
+        return found
 
     return wait
 

@@ -11,8 +11,19 @@ from server.api.errors import problems
 from server.api.services import Services
 from server.api.views import View
 from server.ledger.status import ModelStatus
-from server.model_entry import ModelEntry
+from server.model_entry import LoraEntry, ModelEntry
 from server.prompts import ROOM_TYPES, STYLES
+
+
+class LoraView(View):
+    """A LoRA that a job may lay over its model."""
+
+    id: str
+    name: str
+    description: str
+    license: str
+    scale: list[float] = Field(description="Lowest and highest `scale` that a job may ask for.")
+    defaults: dict[str, Any] = Field(description="Parameters for jobs that choose it and do not say otherwise.")
 
 
 class ModelView(View):
@@ -26,11 +37,19 @@ class ModelView(View):
     description: str
     version: str
     license: str
+    license_note: str | None = Field(description="What to know before its pictures are used.")
+    source: dict[str, str] | None = Field(description="Where its weights come from: `repo` and `revision`.")
+    revision: str | None = Field(description="Commit of the weights that workers have, if they say one and the same.")
+    weights_sha256: str | None = Field(description="Digest of those weights' manifest, likewise.")
+    retired: bool = Field(description="Whether it takes no new jobs.")
+    reports_progress: bool = Field(
+        description="Whether its jobs count their steps, and can be stopped between them; else only before they begin."
+    )
     area: int = Field(description="Pixels the model was trained on; outputs have about as many.")
     defaults: dict[str, Any]
     limits: dict[str, Any]
     params_schema: dict[str, Any] = Field(description="JSON Schema of `params`.")
-    loras: list[dict[str, Any]]
+    loras: list[LoraView]
     ready: bool = Field(description="Whether a running worker serves it.")
     not_ready_reason: str | None
     resident_on: list[str] = Field(description="Workers that hold it in memory.")
@@ -102,12 +121,29 @@ def _view(entry: ModelEntry, status: ModelStatus) -> ModelView:
         description=entry.description,
         version=entry.version,
         license=entry.license,
+        license_note=entry.license_note,
+        source=None if entry.source is None else {"repo": entry.source.repo, "revision": entry.source.revision},
+        revision=status.revision,
+        weights_sha256=status.weights_sha256,
+        retired=entry.retired,
+        reports_progress=entry.reports_progress,
         area=entry.area,
         defaults=entry.defaults,
         limits=entry.limits,
-        params_schema=entry.params_model.model_json_schema(),
-        loras=entry.loras,
+        params_schema=entry.params_schema,
+        loras=[_lora_view(lora) for lora in entry.loras],
         ready=status.ready,
         not_ready_reason=status.reason,
         resident_on=list(status.resident_on),
+    )
+
+
+def _lora_view(lora: LoraEntry) -> LoraView:
+    return LoraView(
+        id=lora.id,
+        name=lora.name,
+        description=lora.description,
+        license=lora.license,
+        scale=lora.scale,
+        defaults=lora.defaults,
     )

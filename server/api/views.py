@@ -84,6 +84,9 @@ class JobView(View):
     status: JobStatus
     model: str
     model_version: str
+    weights_sha256: str | None = Field(
+        description="Digest of the weights' manifest: of those that workers had at submission, then of those it ran on."
+    )
     prompt: str
     negative_prompt: str | None
     params: dict[str, Any]
@@ -246,6 +249,7 @@ def view_job(job: Job, sign_output: SignOutput) -> JobView:
         status=job.status,
         model=job.model,
         model_version=job.model_version,
+        weights_sha256=job.weights_sha256,
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,
         params=job.params,

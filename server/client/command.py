@@ -153,13 +153,29 @@ def print_models(url: str) -> None:
     Raises:
         ClientError: the server cannot be asked.
     """
-    table = Table("model", "ready", "licence", header_style="bold")
+    table = Table("model", "version", "ready", "licence", header_style="bold")
     table.add_column("resident on, or why it is not ready", overflow="fold")
+    notes: list[str] = []
     for model in asyncio.run(_list_models(url)):
         where = ", ".join(model["resident_on"]) if model["ready"] else model["not_ready_reason"]
         ready = Text("yes", style="green") if model["ready"] else Text("no", style="yellow")
-        table.add_row(Text(model["id"]), ready, Text(model["license"] or ""), Text(where or ""))
-    open_console().print(table)
+        version = f"{model['version']}, retired" if model.get("retired") else model["version"]
+        table.add_row(Text(model["id"]), Text(version), ready, Text(model["license"] or ""), Text(where or ""))
+        notes += _notes_on(model)
+    console = open_console()
+    console.print(table)
+    for note in notes:
+        console.print(Text(note))
+
+
+def _notes_on(model: dict[str, Any]) -> list[str]:
+    """Say what does not fit into a row: what the licence forbids, and which LoRAs there are."""
+    notes = [f"{model['id']}: {model['license_note']}"] if model.get("license_note") else []
+    notes += [
+        f"{model['id']} --lora {lora['id']}={lora['scale'][0]:g}…{lora['scale'][1]:g}: {lora['name']}"
+        for lora in model.get("loras", [])
+    ]
+    return notes
 
 
 async def _list_models(url: str) -> list[dict[str, Any]]:

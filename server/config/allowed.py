@@ -171,8 +171,8 @@ def _field_at(model: type[BaseModel], location: tuple[int | str, ...]) -> tuple[
     for step in location:
         if field is not None:
             kinds = plain_types(field.annotation)
-            values = [get_args(kind)[1] for kind in kinds if get_origin(kind) is dict]
-            if values:  # whatever the names are, one type of value stands under all of them
+            values = [get_args(kind)[-1] for kind in kinds if get_origin(kind) in {dict, list}]
+            if values:  # whatever the names or numbers are, one type of value stands under all of them
                 field, name = FieldInfo.from_annotation(values[0]), str(step)
                 continue
             nested = [kind for kind in kinds if _is_model(kind)]

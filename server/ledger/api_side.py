@@ -68,7 +68,7 @@ class SweepReport:
 class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
     """The API's view of the ledger."""
 
-    SCRIPTS = ("announce_uploads", "lost_upload", "submit", "cancel", "reopen", "delete_batch", "sweep")
+    SCRIPTS = ("announce_uploads", "lost_upload", "submit", "cancel", "reopen", "delete_batch", "sweep", "fail_removed")
 
     async def check_schema(self) -> None:
         """Store the schema version in an empty ledger; refuse one that another version wrote.
@@ -157,6 +157,7 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
             "jobs": [
                 {
                     "id": job.id,
+                    "version": job.model_version,
                     "fields": job_fields(job),
                     "uploads": [[one.upload_id, one.etag] for one in job.inputs],
                 }
@@ -194,6 +195,14 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
         outage_ms = int(max(lease_ms / 3, interval_seconds * 3000))
         reply = await self._run("sweep", lease_ms, outage_ms, _SWEEP_LIMIT, POISON_AFTER_DEVICE_DEATHS, *models)
         return SweepReport(**json.loads(reply))
+
+    async def fail_removed(self, models: Sequence[str], *, grace_seconds: float) -> int:
+        """Fail jobs whose model neither is one of `models` nor is announced by a worker, for `grace_seconds` now.
+
+        Returns:
+            How many have failed.
+        """
+        return await self._run("fail_removed", int(grace_seconds * 1000), _SWEEP_LIMIT, *models)
 
     async def workers(self) -> list[WorkerStatus]:
         """Return every worker that announced itself lately."""

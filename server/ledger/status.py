@@ -11,11 +11,17 @@ NO_WORKER = "No running worker serves this model."
 
 @dataclass(frozen=True)
 class WorkerModel:
-    """One model as one worker sees it; `reason` says why it is not ready."""
+    """One model as one worker sees it; `reason` says why it is not ready.
+
+    `revision` and `weights_sha256` are those of the manifest of its weights, where there is one.
+    """
 
     ready: bool
     resident: bool = False
     reason: str | None = None
+    version: str | None = None
+    revision: str | None = None
+    weights_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,13 @@ class ModelStatus:
     reason: str | None
     workers: int
     resident_on: tuple[str, ...]
+    revision: str | None = None
+    weights_sha256: str | None = None
 
 
 def worker_fields(status: WorkerStatus) -> dict[str, str]:
     """Return the hash that a worker announces."""
-    models = {
-        model_id: {"ready": one.ready, "resident": one.resident, "reason": one.reason}
-        for model_id, one in status.models.items()
-    }
+    models = {model_id: vars(one) for model_id, one in status.models.items()}
     return {
         "id": status.id,
         "device": status.device,
@@ -79,5 +84,13 @@ def model_statuses(workers: Iterable[WorkerStatus], model_ids: Iterable[str]) ->
             reason=None if ready else "; ".join(reasons) or NO_WORKER,
             workers=len(ready),
             resident_on=tuple(worker.id for worker, model in seen if model.resident),
+            revision=_common(model.revision for _, model in seen if model.ready),
+            weights_sha256=_common(model.weights_sha256 for _, model in seen if model.ready),
         )
     return statuses
+
+
+def _common(values: Iterable[str | None]) -> str | None:
+    """Give the value that all have; None where they differ, as while new weights are rolled out."""
+    different = set(values)
+    return different.pop() if len(different) == 1 else None

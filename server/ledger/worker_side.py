@@ -135,14 +135,16 @@ class WorkerLedger:
         params: Mapping[str, Any],
         inputs: Sequence[JobInput],
         speeds: Mapping[str, float],
+        weights_sha256: str | None = None,
     ) -> Reply:
         """Make `output` the job's result, once; `lost` or `cancelled` mean that the object is nobody's.
 
-        `speeds` are what the run tells about the next ones, as `server.eta.measured_speeds` names them.
+        `weights_sha256` tells what the job ran on, where that is known. `speeds` are what the run tells about the next
+        ones, as `server.eta.measured_speeds` names them.
         """
         documents = (asdict(output), dict(timings), dict(params), [asdict(one) for one in inputs])
         measured = (part for pair in speeds.items() for part in pair)
-        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), *measured))
+        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), weights_sha256 or "", *measured))
 
     def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
         """End the job as failed, or as cancelled when that was asked for."""
@@ -168,7 +170,12 @@ class WorkerLedger:
     def announce(self, status: WorkerStatus) -> None:
         """Tell the API what this worker serves; forgotten after `ANNOUNCED_FOR_SECONDS` without another call."""
         fields = (text for pair in worker_fields(status).items() for text in pair)
-        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, *fields)
+        weights = {
+            model: {"version": one.version, "sha256": one.weights_sha256}
+            for model, one in status.models.items()
+            if one.ready and one.weights_sha256
+        }
+        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, dump(weights), *fields)
 
     def leave(self) -> None:
         """Take the announcement back, as the last act of a worker that stops in order."""

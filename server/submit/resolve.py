@@ -44,6 +44,22 @@ class UnknownLora(RequestError):
     http_status = 422
 
 
+class InvalidLoras(RequestError):
+    """Raised when the LoRAs that an item names cannot be used in that way."""
+
+    code = "invalid_loras"
+    title = "The LoRAs cannot be used so"
+    http_status = 422
+
+
+class ModelRetired(RequestError):
+    """Raised when an item names a model that only finishes what it has."""
+
+    code = "model_retired"
+    title = "The model takes no new jobs"
+    http_status = 422
+
+
 class TooManyPhotos(RequestError):
     """Raised when an item names more photos than its model reads at once."""
 
@@ -97,7 +113,7 @@ class Draft:
             self._check_result(first.height, first.width, "ask for png, or for the model's own size")
         for photo, place in zip(inputs, self.photo_places, strict=True):
             with about(*place):
-                _check_shape(photo)
+                _check_shape(photo, self.params.MAX_PHOTO_RATIO)
         params = self.params.resolved(first.height, first.width, self.entry.area, secrets.randbits(_SEED_BITS))
         if self.output_spec.size == "model":
             self._check_result(params["height"], params["width"], "ask for png")
@@ -145,15 +161,16 @@ class Resolver:
             ItemRefused: the item asks for something that there is not.
         """
         settings = merge_settings(defaults, item)
-        with about("model"):
-            entry = self._registry.get(settings.model if settings.model is not None else self._default_model)
+        entry = self._entry(settings)
         if len(item.sources) > entry.max_input_images:
             detail = (
                 f"model {entry.id} reads at most {entry.max_input_images} photo(s) at once, not {len(item.sources)}"
             )
             raise ItemRefused(TooManyPhotos(detail), ("upload_ids",))
+        loras = _loras(settings, entry)
         with about("params"):
-            params = entry.resolve_params(settings.params or {})
+            chosen = [lora for one in loras if (lora := entry.lora(one.id))]
+            params = entry.resolve_params(settings.params or {}, chosen)
         return Draft(
             index=index,
             upload_ids=tuple(item.sources),
@@ -163,12 +180,20 @@ class Resolver:
             # The preset is rendered even where a prompt replaces it: a mistyped room type must not pass unseen.
             prompt=self._prompt(settings, self._preset(settings, entry)),
             negative_prompt=self._negative_prompt(settings, entry, params),
-            loras=_loras(settings, entry),
+            loras=loras,
             output_spec=output_spec(settings.output),
             photo_places=tuple(item.photo_places),
             name=item.name,
             metadata=item.metadata,
         )
+
+    @about("model")
+    def _entry(self, settings: ItemSettings) -> ModelEntry:
+        entry = self._registry.get(settings.model if settings.model is not None else self._default_model)
+        if entry.retired:
+            others = [one.id for one in self._registry if not one.retired]
+            raise ModelRetired(f"model {entry.id} takes no new jobs; there are {', '.join(others)}")
+        return entry
 
     @about()
     def _preset(self, settings: ItemSettings, entry: ModelEntry) -> str:
@@ -209,17 +234,28 @@ class Resolver:
             )
 
 
-def _check_shape(photo: JobInput) -> None:
+def _check_shape(photo: JobInput, max_ratio: int) -> None:
     try:
-        check_photo_size(photo.height, photo.width)
+        check_photo_size(photo.height, photo.width, max_ratio)
     except BadInput as error:
         raise UnusableShape(str(error)) from error
 
 
 def _loras(settings: ItemSettings, entry: ModelEntry) -> tuple[LoraRequest, ...]:
-    known = [lora["id"] for lora in entry.loras]
-    for number, lora in enumerate(settings.loras or ()):
-        if lora.id not in known:
-            detail = f"model {entry.id} has no LoRA {shown(lora.id)}; {suggest(lora.id, known)}"
+    known = [lora.id for lora in entry.loras]
+    scheduling: list[str] = []
+    for number, chosen in enumerate(settings.loras or ()):
+        lora = entry.lora(chosen.id)
+        if lora is None:
+            detail = f"model {entry.id} has no LoRA {shown(chosen.id)}; {suggest(chosen.id, known)}"
             raise ItemRefused(UnknownLora(detail), ("loras", number, "id"))
+        low, high = lora.scale
+        if not low <= chosen.scale <= high:
+            detail = f"scale of {lora.id} needs a number from {low} to {high}, not {shown(chosen.scale)}"
+            raise ItemRefused(InvalidLoras(detail), ("loras", number, "scale"))
+        if lora.scheduler:
+            scheduling.append(lora.id)
+        if len(scheduling) > 1:
+            detail = f"{' and '.join(scheduling)} each need a schedule of their own; choose one of them"
+            raise ItemRefused(InvalidLoras(detail), ("loras", number, "id"))
     return tuple(settings.loras or ())

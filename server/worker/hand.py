@@ -23,6 +23,7 @@ class JobInHand:
         photos: decoded, orientation applied; empty until the job is staged and again once it has run.
         params: final values, known once the photos are.
         inputs: as they really are: true height, width and sha256.
+        weights_sha256: of the weights that it runs on, where that is known.
         timings: seconds, by phase.
         device_seconds: time on the device so far.
         step: number of steps done; None until the run has begun.
@@ -36,6 +37,7 @@ class JobInHand:
     photos: list[Image.Image] = field(default_factory=list[Image.Image])
     params: dict[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[JobInput, ...] = ()
+    weights_sha256: str | None = None
     timings: dict[str, float] = field(default_factory=dict[str, float])
     device_seconds: float = 0.0
     step: int | None = None

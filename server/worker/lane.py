@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipelines.errors import DeadlineExceeded, OutOfMemory
 from pipelines.loading import LoadedModel
-from pipelines.running import Run, RunRequest
+from pipelines.running import LoraChoice, Run, RunRequest
 from server.errors import LedgerUnavailable
 from server.jobs import Priority
 from server.ledger.worker_side import Reply, WorkerLedger
@@ -39,10 +39,20 @@ class LaneJob:
     run: Run | None = None
     had_room: bool = False
 
+    @property
+    def model(self) -> tuple[str, str]:
+        """Which weights it needs in memory."""
+        return self.in_hand.job.model, self.in_hand.job.model_version
 
-def choose(jobs: Iterable[LaneJob]) -> LaneJob:
-    """Return the job to take further: the highest priority, then the one under way, then the first claimed."""
-    return min(jobs, key=lambda one: (_RANK[one.in_hand.job.priority], one.run is None, one.in_hand.order))
+
+def choose(jobs: Sequence[LaneJob]) -> LaneJob:
+    """Return the job to take further: the highest priority, then the one under way, then the first claimed.
+
+    LoRAs change the model itself, for all of its runs: a job that wants others waits until no run needs those.
+    """
+    under_way = {job.model: job.in_hand.job.loras for job in jobs if job.run is not None}
+    may_run = [job for job in jobs if under_way.get(job.model, job.in_hand.job.loras) == job.in_hand.job.loras]
+    return min(may_run, key=lambda one: (_RANK[one.in_hand.job.priority], one.run is None, one.in_hand.order))
 
 
 class Lane:
@@ -150,7 +160,10 @@ class Lane:
         in_hand.check()
         if in_hand.device_seconds > settings.job_timeout_seconds:
             raise DeadlineExceeded(f"The job took more than {settings.job_timeout_seconds:g} s on the device.")
-        model = self._residency.require(in_hand.job.model)
+        name = self._residency.name_of(in_hand.job)
+        model = self._residency.require(name)
+        self._residency.check_same_weights(in_hand.job, name)
+        in_hand.weights_sha256 = self._residency.weights_sha256(name)
         self._put_on_device(job)
         started = time.monotonic()
         try:
@@ -166,6 +179,7 @@ class Lane:
                 negative_prompt=in_hand.job.negative_prompt,
                 params=in_hand.params,
                 area=model.spec.area,
+                loras=tuple(LoraChoice(lora["id"], lora["scale"]) for lora in in_hand.job.loras),
             )
             job.run = model.start(in_hand.photos, request, num_threads=settings.torch_threads)
         remaining_seconds = max(0.0, settings.job_timeout_seconds - in_hand.device_seconds)
@@ -190,7 +204,7 @@ class Lane:
         job.had_room = True
         for one in self._jobs:
             self._drop_run(one)
-        self._residency.evict_others(job.in_hand.job.model)
+        self._residency.evict_others(self._residency.name_of(job.in_hand.job))
 
     def _drop_run(self, job: LaneJob) -> None:
         self._take_off_device(job)

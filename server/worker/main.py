@@ -20,12 +20,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import FrameType
 from typing import Literal
 
 import structlog
 
-from pipelines.loading import ModelSpec
+from pipelines.weights import LoraSpec, ModelSpec
 from server.errors import LedgerUnavailable
 from server.jobs import Job
 from server.ledger.status import WorkerStatus
@@ -257,19 +258,24 @@ class Worker:
 
 
 def model_specs(settings: Settings, registry: Registry) -> dict[str, ModelSpec]:
-    """Return what is needed to load each enabled model, the default one first."""
-    entries = sorted(registry, key=lambda entry: entry.id != settings.models.default)
-    return {
-        entry.id: ModelSpec(
+    """Return what is needed to load each enabled model, the default one first; replaced versions are `id@version`."""
+    folder = settings.models.weights_dir
+    specs: dict[str, ModelSpec] = {}
+    for entry in sorted(registry, key=lambda entry: entry.id != settings.models.default):
+        specs[entry.id] = ModelSpec(
             id=entry.id,
             family=entry.family,
             pipeline=entry.pipeline,
-            weights_dir=settings.models.weights_dir / entry.weights,
+            weights_dir=folder / entry.weights,
             dtype=entry.dtype,
             area=entry.area,
+            loras=tuple(LoraSpec(lora.id, folder / lora.weights, lora.scheduler) for lora in entry.loras),
+            version=entry.version,
         )
-        for entry in entries
-    }
+        for old in entry.previous:
+            name = f"{entry.id}@{old.version}"
+            specs[name] = replace(specs[entry.id], weights_dir=folder / old.weights, version=old.version)
+    return specs
 
 
 def _end_for_thread(died: threading.ExceptHookArgs) -> None:

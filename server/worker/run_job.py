@@ -20,7 +20,7 @@ from server.ledger.worker_side import WorkerLedger
 from server.registry import Registry
 from server.settings import WorkerSettings
 from server.store import Store
-from server.worker.errors import LeaseLost, ModelUnavailable
+from server.worker.errors import LeaseLost, ModelChanged, ModelUnavailable
 from server.worker.hand import Hand, JobInHand
 from server.worker.patience import Outage
 from server.worker.sizing import final_params, sized_output
@@ -33,6 +33,7 @@ FINAL_CODES: Mapping[type[Exception], str] = {
     Cancelled: "cancelled",
     DeadlineExceeded: "deadline_exceeded",
     OutOfMemory: "out_of_memory",
+    ModelChanged: "model_changed",
 }
 LONGEST_RETRY_SECONDS = 60.0
 
@@ -162,6 +163,7 @@ class JobRunner:
                 params=in_hand.params,
                 inputs=in_hand.inputs,
                 speeds=measured_speeds(in_hand.device_seconds, in_hand.total_steps or 0, image.height, image.width),
+                weights_sha256=in_hand.weights_sha256,
             ),
             check=in_hand.check_process,
         )
@@ -250,6 +252,7 @@ def record_of(in_hand: JobInHand) -> dict[str, Any]:
         "job_id": job.id,
         "model": job.model,
         "model_version": job.model_version,
+        "weights_sha256": in_hand.weights_sha256,
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "params": in_hand.params,

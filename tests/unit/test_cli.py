@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from server.cli import restage
+from server.cli import _parse_lora, restage
 
 
 def run(*arguments: str) -> tuple[int, str]:
@@ -41,6 +41,20 @@ def test_folder_that_cannot_be_written_is_a_mistake_in_the_command(photo: str) -
     status, output = run("submit", photo, "--out", photo)
     assert status == 2
     assert "choose another with --out" in output
+
+
+@pytest.mark.parametrize("lora", ["oak=much", "oak="])
+def test_malformed_loras_are_mistakes_in_the_command(photo: str, lora: str) -> None:
+    """Status 2, with what was given and what is meant."""
+    status, output = run("submit", photo, "--lora", lora)
+    assert status == 2
+    assert f"'{lora}' is not ID=SCALE" in output
+
+
+def test_loras_are_read_with_and_without_a_scale() -> None:
+    """Where no scale is given, the server's own counts."""
+    assert _parse_lora("oak=0.5") == {"id": "oak", "scale": 0.5}
+    assert _parse_lora("oak") == {"id": "oak"}
 
 
 @pytest.mark.parametrize("params", [["seed"], ["=7"], ["seed=7", "seed=8"]])

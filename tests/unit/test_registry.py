@@ -79,6 +79,11 @@ def test_shipped_models(local_settings: Settings) -> None:
         "flux-kontext-dev",
         "tiny-qwen-image-edit-2511",
         "tiny-flux-kontext",
+        "tiny-flux2-klein",
+        "tiny-qwen-image-edit-2509",
+        "tiny-qwen-image-edit",
+        "tiny-instruct-pix2pix",
+        "tiny-longcat-image-edit",
     ]
     qwen, kontext = registry.get("qwen-image-edit-2511"), registry.get("flux-kontext-dev")
     assert (qwen.pipeline, qwen.license, qwen.area) == ("QwenImageEditPlusPipeline", "apache-2.0", 1024 * 1024)
@@ -91,7 +96,7 @@ def test_shipped_models(local_settings: Settings) -> None:
     assert qwen.resolve_params({}) == QwenParams(num_inference_steps=40, true_cfg_scale=4.0)
     assert kontext.resolve_params({}) == KontextParams(num_inference_steps=28, guidance_scale=2.5)
     for entry in registry:
-        if entry.id.startswith("tiny-"):
+        if entry.id.startswith("tiny-") and entry.id != "tiny-longcat-image-edit":  # it has an area of its own
             assert (entry.weights, entry.area, entry.dtype) == (entry.id, 128 * 128, "float32")
             assert entry.resolve_params({}).model_dump()["num_inference_steps"] == 4
 
@@ -166,7 +171,11 @@ def test_all_mistakes_are_told_at_once(load: Load) -> None:
     max_input_images: 2
     aspect_ratio: [1, 2]
   optimizations: {compile: regional}
-  loras: [{id: x}]
+  loras:
+    - {id: x, name: X, weights: ../x.safetensors, license: none, scale: [1, 0], defaults: {guidance_scale: 99}}
+    - {id: x, name: "", weights: x.bin, license: none, scale: [0, 3], scheduler: {shift: [1]}}
+    - 7
+  previous: [{version: "1", weights: old}, {version: "0", weights: a/b}]
 - just text
 - id: a
 """
@@ -201,10 +210,29 @@ def test_all_mistakes_are_told_at_once(load: Load) -> None:
             "max_input_images, num_inference_steps, seed, width"
         ),
         "models.yaml:30: models[1].optimizations: is not supported yet; leave it out",
-        "models.yaml:31: models[1].loras: is not supported yet; leave it out",
-        "models.yaml:32: models[2] = 'just text': needs a model: a mapping that begins with `id:`",
+        (
+            "models.yaml:32: models[1].loras[0].weights = '../x.safetensors': needs the path of a .safetensors file "
+            "below models.weights_dir, without `..`"
+        ),
+        "models.yaml:32: models[1].loras[0].scale = a list: needs [lowest, highest]",
+        "models.yaml:32: models[1].loras[0].defaults.guidance_scale = 99: needs a number from 0.0 to 20.0",
+        "models.yaml:33: models[1].loras[1].name = '': needs text, not empty",
+        (
+            "models.yaml:33: models[1].loras[1].weights = 'x.bin': needs the path of a .safetensors file below "
+            "models.weights_dir, without `..`"
+        ),
+        "models.yaml:33: models[1].loras[1].scale[1] = 3: needs a number from -2.0 to 2.0",
+        "models.yaml:33: models[1].loras[1].scheduler.shift = a list: needs a number, text, true, false or null",
+        "models.yaml:33: models[1].loras[1].id = 'x': is the id of loras[0] already",
+        (
+            "models.yaml:34: models[1].loras[2] = 7: needs a mapping with the keys id, name, description, weights, "
+            "source, license, scale, defaults, scheduler"
+        ),
+        "models.yaml:35: models[1].previous[1].weights = 'a/b': needs the name of a folder below models.weights_dir",
+        "models.yaml:35: models[1].previous[0].version = '1': is a version of this entry already; each has its own",
+        "models.yaml:36: models[2] = 'just text': needs a model: a mapping that begins with `id:`",
         *(
-            f"models.yaml:33: models[3].{name}: is missing; needs {needs}"
+            f"models.yaml:37: models[3].{name}: is missing; needs {needs}"
             for name, needs in (
                 ("name", "text, not empty"),
                 ("description", "text, not empty"),
@@ -217,7 +245,7 @@ def test_all_mistakes_are_told_at_once(load: Load) -> None:
                 ("area", "a whole number from 16384 to 16777216"),
             )
         ),
-        "models.yaml:33: models[3].id = 'a': is the id of models[0] already",
+        "models.yaml:37: models[3].id = 'a': is the id of models[0] already",
         "models.yaml: models.enabled = 'd': is no entry of this file; allowed are a, a, b",
     ]
 
@@ -442,7 +470,7 @@ def test_sizes_replace_one_another() -> None:
 
 def test_every_family_describes_itself() -> None:
     """Each folder of a family must name its pipeline classes, and defaults that its own parameters take."""
-    assert families() == ("flux_kontext", "qwen_image_edit_plus")
+    assert families() == ("flux2_klein", "flux_kontext", "generic", "qwen_image_edit", "qwen_image_edit_plus")
     for family in families():
         params_model = entry_of(family=family).params_model
         assert params_model.PIPELINES

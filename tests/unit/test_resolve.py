@@ -38,7 +38,11 @@ QWEN = ModelEntry.model_validate(
         "presets": {"wrap": "Qwen, {preset}", "replace": {"bedroom": {"modern": "Qwen's bedroom."}}},
     }
 )
-# Entries cannot name LoRAs yet; a copy is not checked.
+LORAS = {
+    "oak": {"scale": [-1, 1], "defaults": {"guidance_scale": 1.5, "aspect_ratio": "1:1"}},
+    "ash": {"defaults": {"guidance_scale": 2.0, "num_inference_steps": 4}, "scheduler": {"shift": 2.0}},
+    "elm": {"scheduler": {"shift": 4.0}},
+}
 FLUX = ModelEntry.model_validate(
     {
         **FIELDS,
@@ -46,10 +50,15 @@ FLUX = ModelEntry.model_validate(
         "family": "flux_kontext",
         "pipeline": "FluxKontextPipeline",
         "defaults": {"guidance_scale": 3.0, "width": 512, "height": 256},
+        "loras": [
+            {"id": lora_id, "name": lora_id, "weights": f"{lora_id}.safetensors", "license": "none", **fields}
+            for lora_id, fields in LORAS.items()
+        ],
     }
-).model_copy(update={"loras": [{"id": "oak"}, {"id": "ash"}]})
+)
+OLD = FLUX.model_copy(update={"id": "old", "retired": True})
 MODELS = {entry.id: entry for entry in (QWEN, FLUX)}
-RESOLVER = Resolver(Registry([QWEN, FLUX]), PROMPTS, default_model="qwen", max_prompt_characters=100)
+RESOLVER = Resolver(Registry([QWEN, FLUX, OLD]), PROMPTS, default_model="qwen", max_prompt_characters=100)
 
 
 def resolve(defaults: dict[str, Any], item: dict[str, Any]) -> Job:
@@ -120,7 +129,8 @@ def expected_params(entry: ModelEntry, item: dict[str, Any], defaults: dict[str,
     if own is not None:
         levels[0] = {name: value for name, value in own.items() if value is not None or name not in shared}
     found: dict[str, Any] = {}
-    for level in [*levels, entry.defaults]:
+    chosen = [LORAS[lora["id"]].get("defaults", {}) for lora in reversed(expected_field("loras", item, defaults, []))]
+    for level in [*levels, *chosen, entry.defaults]:
         taken = {"aspect_ratio"} if SIZES & found.keys() and "aspect_ratio" not in found else set[str]()
         if "aspect_ratio" in found:
             taken = SIZES
@@ -140,17 +150,15 @@ def test_an_item_lies_over_defaults_over_the_model(defaults: dict[str, Any], ite
     entry = MODELS[expected_field("model", item, defaults, "qwen")]
     negative_prompt = expected_field("negative_prompt", item, defaults, None)
     loras = expected_field("loras", item, defaults, [])
-    reasons = set[str]()
+    reasons = {"unknown_lora"} if loras and entry is QWEN else set[str]()
     params = None
     try:
-        params = entry.params_model.model_validate(expected_params(entry, item, defaults))
+        params = None if reasons else entry.params_model.model_validate(expected_params(entry, item, defaults))
     except ValidationError:
         reasons.add("invalid_params")
     has_no_effect = entry is FLUX or (params is not None and negative_prompt and not params.uses_negative_prompt)
     if negative_prompt is not None and has_no_effect:
         reasons.add("negative_prompt_not_supported")
-    if loras and entry is QWEN:
-        reasons.add("unknown_lora")
     if reasons:
         assert refusal(defaults, item)[0] in reasons
         return
@@ -226,3 +234,36 @@ def test_an_unknown_lora_is_answered_with_those_that_there_are() -> None:
     assert (code, detail) == ("unknown_lora", "model flux has no LoRA 'oaks'; did you mean oak?")
     assert resolve({"loras": [{"id": "pine"}]}, {"loras": []}).loras == ()
     assert resolve({"loras": [{"id": "pine"}]}, {"loras": None}).loras == ()
+
+
+@pytest.mark.parametrize(
+    ("loras", "code", "detail"),
+    [
+        ([{"id": "ash", "scale": 1.2}], "invalid_loras", "scale of ash needs a number from 0.0 to 1.0, not 1.2"),
+        ([{"id": "oak", "scale": -1.1}], "invalid_loras", "scale of oak needs a number from -1.0 to 1.0, not -1.1"),
+        (
+            [{"id": "ash"}, {"id": "oak"}, {"id": "elm"}],
+            "invalid_loras",
+            "ash and elm each need a schedule of their own; choose one of them",
+        ),
+    ],
+)
+def test_loras_are_used_as_their_entries_say(loras: list[dict[str, Any]], code: str, detail: str) -> None:
+    """A scale out of range, and two LoRAs that want other schedules, are refused with what is allowed."""
+    assert refusal({"model": "flux"}, {"loras": loras}) == (code, detail)
+
+
+def test_a_lora_brings_its_parameters() -> None:
+    """What a LoRA was trained for lies over the model's defaults, and what a request says over it."""
+    job = resolve({"model": "flux"}, {"loras": [{"id": "ash", "scale": 0.5}]})
+    assert (job.params["num_inference_steps"], job.params["guidance_scale"], job.params["width"]) == (4, 2.0, 512)
+    assert job.loras == ({"id": "ash", "scale": 0.5},)
+    both = resolve({"model": "flux"}, {"loras": [{"id": "ash"}, {"id": "oak"}], "params": {"num_inference_steps": 9}})
+    assert (both.params["num_inference_steps"], both.params["guidance_scale"]) == (9, 1.5)
+    assert both.params["aspect_ratio"] == "1:1"
+    assert both.params["width"] == both.params["height"] == 128
+
+
+def test_a_retired_model_takes_no_new_jobs() -> None:
+    """The answer names the models that do."""
+    assert refusal({"model": "old"}, {}) == ("model_retired", "model old takes no new jobs; there are qwen, flux")

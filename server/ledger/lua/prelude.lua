@@ -18,6 +18,7 @@ local function upload_key(id) return prefix .. ":upload:" .. id end
 local function digest_key(owner, sha256) return prefix .. ":digest:" .. owner .. ":" .. sha256 end
 local function shelf_key(scope, shelf) return prefix .. ":shelf:" .. scope .. ":" .. shelf end
 local function speed_key(model) return prefix .. ":speed:" .. model end
+local function weights_key(model) return prefix .. ":weights:" .. model end
 local function reply_key(token) return prefix .. ":reply:" .. token end
 local function worker_key(id) return prefix .. ":worker:" .. id end
 local function turns_key(model, priority) return prefix .. ":turns:" .. model .. ":" .. priority end
@@ -26,6 +27,8 @@ local leases_key = prefix .. ":leases"
 local delayed_key = prefix .. ":delayed"
 local open_key = prefix .. ":open"
 local workers_key = prefix .. ":workers"
+local models_key = prefix .. ":models"
+local removed_key = prefix .. ":removed"
 local unused_key = prefix .. ":unused"
 local inputs_due_key = prefix .. ":inputs_due"
 local outputs_due_key = prefix .. ":outputs_due"
@@ -34,6 +37,9 @@ local trash_key = prefix .. ":trash"
 local webhooks_key = prefix .. ":webhooks"
 local changes_key = prefix .. ":changes"
 local control_key = prefix .. ":control"
+
+-- How long is kept what only tells of models: measured speeds, weights that were seen, which were asked for.
+local MODELS_KEPT_MS = 30 * 24 * 3600 * 1000
 
 -- Lua prints large numbers as 1.7e+15; Redis and JSON want digits.
 local function digits(number) return string.format("%.0f", number) end

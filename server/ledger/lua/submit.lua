@@ -1,5 +1,6 @@
 -- SUBMIT: a batch, its jobs, the pins on its uploads, the idempotency record and the bells: all or nothing.
--- ARGV[1]: JSON {batch: {id, owner, fields}, jobs: [{id, fields, uploads: [[id, etag]]}], max_open, idempotency?}
+-- ARGV[1]: JSON {batch: {id, owner, fields}, jobs: [{id, version, fields,
+-- uploads: [[id, etag]]}], max_open, idempotency?}
 -- Returns {kind, text}: accepted | replayed (text: the first answer) | conflict | missing_upload (text: its id) | full
 local request = cjson.decode(ARGV[1])
 local batch, jobs, idempotency = request.batch, request.jobs, request.idempotency
@@ -55,10 +56,23 @@ for _, id in ipairs(named) do
 end
 if #named > 0 then redis.call("ZREM", unused_key, unpack(named)) end
 
+-- The weights that workers have of this version now: should they be others when the job runs, that must be seen.
+local seen = {}
+local function weights_of(model, version)
+  if seen[model] == nil then
+    redis.call("SADD", models_key, model)
+    redis.call("PEXPIRE", models_key, MODELS_KEPT_MS)
+    seen[model] = redis.call("GET", weights_key(model)) or false
+    seen[model] = seen[model] and cjson.decode(seen[model])
+  end
+  return seen[model] and seen[model].version == version and seen[model].sha256 or nil
+end
+
 -- What many jobs share is written once for all of them.
 local ids, lines, num_bells = {}, {}, {}
 for i, job in ipairs(jobs) do
   local order = digits(now_micros + i)
+  job.fields.weights_sha256 = weights_of(job.fields.model, job.version)
   put(job_key(job.id), job.fields, "id", job.id, "batch_id", batch.id, "owner", batch.owner, "status", "queued",
     "created_at", now, "queued_at", now, "order", order, "fence", 0, "attempts", 0, "errors", 0, "deaths", 0,
     "device_deaths", 0, "suspect", 0, "on_device", 0, "cancel", 0)

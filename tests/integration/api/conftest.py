@@ -107,9 +107,9 @@ class Api:
         assert answer == "ok"
         return job
 
-    def announce_worker(self, *, ready: bool = True, reason: str | None = None) -> None:
-        """Say that a worker lives that serves, or cannot serve, the first model."""
-        models = {QWEN: WorkerModel(ready=ready, resident=ready, reason=reason)}
+    def announce_worker(self, *, ready: bool = True, reason: str | None = None, **weights: str) -> None:
+        """Say that a worker lives that serves, or cannot serve, the first model; `weights` tell what it found."""
+        models = {QWEN: WorkerModel(ready=ready, resident=ready, reason=reason, **weights)}
         self.worker.announce(WorkerStatus("worker-1", "cpu", 1, models))
 
 

@@ -173,7 +173,7 @@ def test_bad_items_are_refused_by_index_and_the_others_go_on(api):
     }
     assert all(len(error["detail"]) > 15 for error in errors.values())
     assert "/items/9/params/num_inference_steps needs a whole number from 1 to 100, not 0" in errors[9]["detail"]
-    assert errors[15]["detail"] == f"model {FLUX} has no LoRA 'oak'; allowed are none"
+    assert errors[15]["detail"] == f"model {FLUX} has no LoRA 'oak'; allowed are style"
     jobs = response.json()["batch"]["jobs"]
     assert [(job["index"], job["name"]) for job in jobs] == [(0, None), (17, "last")]
 
@@ -184,7 +184,7 @@ def test_a_mistake_in_the_defaults_is_pointed_to_there(api):
     shared = {"model": "sdxl", "params": {"seed": -1, "a/b": 1}, "loras": [{"id": "oak"}], "style": "modern"}
     response = api.submit(
         {"upload_id": upload_id},
-        {"upload_id": upload_id, "model": QWEN},
+        {"upload_id": upload_id, "model": QWEN, "loras": []},
         {"upload_id": upload_id, "model": QWEN, "params": None},
         {"upload_id": upload_id, "model": QWEN, "params": {"a/b": None, "seed": 4}, "loras": None},
         defaults=shared,

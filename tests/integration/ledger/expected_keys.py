@@ -220,6 +220,8 @@ def _expected_passing(model: LedgerModel) -> dict[str, Any]:
         keys[f"speed:{name}"] = speeds, until - now
     for token, (reply, until) in model.replies.items():
         keys[f"reply:{token}"] = reply, until - now
+    if model.asked_models:
+        keys["models"] = model.asked_models, model.asked_until - now
     if model.changes:
         keys["changes"] = [len(model.changes), ["batch_id", model.changes[-1]]], model.changes_until - now
     if model.control:
@@ -257,7 +259,7 @@ def _observed(key: str, value: Any, now: float) -> Any:
         content = {member: left(float(due) / 1000 - now) for member, due in _pairs(value).items()}
     elif kind in _ORDERED:
         content = value[::2]
-    elif kind in {"open", "workers"}:
+    elif kind in {"open", "workers", "models"}:
         content = set(value)
     elif kind == "reply":
         content = json.loads(value)

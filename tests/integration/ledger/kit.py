@@ -157,14 +157,27 @@ class LedgerKit:
         assert isinstance(job, Job)
         return job
 
-    def commit(self, job: Job, *, speeds: dict[str, float] | None = None) -> str:
+    def commit(self, job: Job, *, speeds: dict[str, float] | None = None, weights_sha256: str | None = None) -> str:
         """Hand in a result for a job as it was claimed."""
+        upload_ids = [one.upload_id for one in job.inputs]
         return self.commit_as(
-            self.worker(), job.id, job.fence, [one.upload_id for one in job.inputs], speeds=speeds or {"run": 1.5}
+            self.worker(),
+            job.id,
+            job.fence,
+            upload_ids,
+            speeds=speeds or {"run": 1.5},
+            weights_sha256=weights_sha256,
         )
 
     def commit_as(
-        self, worker: WorkerLedger, job_id: str, fence: int, upload_ids: list[str], *, speeds: dict[str, float]
+        self,
+        worker: WorkerLedger,
+        job_id: str,
+        fence: int,
+        upload_ids: list[str],
+        *,
+        speeds: dict[str, float],
+        weights_sha256: str | None = None,
     ) -> str:
         """Hand in a result under a fence of one's own choice."""
         output = JobOutput(
@@ -183,6 +196,7 @@ class LedgerKit:
             params={"seed": 7},
             inputs=[photo(upload_id) for upload_id in upload_ids],
             speeds=speeds,
+            weights_sha256=weights_sha256,
         )
 
     def fail(self, job: Job) -> None:

@@ -8,7 +8,7 @@ from server.eta import ModelLoad
 from tests.integration.ledger.model_due import ModelDue
 from tests.integration.ledger.model_moves import SWEPT_SECONDS
 from tests.integration.ledger.model_records import ModelBatch, ModelJob, ModelUpload, Remembered, usable_seconds
-from tests.integration.ledger.model_workers import ModelWorkers
+from tests.integration.ledger.model_workers import SPEED_SECONDS, ModelWorkers
 
 IDEMPOTENCY_SECONDS = 1250
 REPLY_SECONDS = 60
@@ -95,6 +95,8 @@ class LedgerModel(ModelWorkers, ModelDue):
             self.line_up(job)
         # A bell more than there are workers would find nobody.
         for model, count in Counter(job.model for job in batch.jobs).items():
+            self.asked_models.add(model)
+            self.asked_until = self.now + SPEED_SECONDS
             self.bells[model] += min(count, max(1, len(self.workers)))
         self.announce_change(batch.id)
 
@@ -192,6 +194,8 @@ class LedgerModel(ModelWorkers, ModelDue):
         self.replies = {token: reply for token, reply in self.replies.items() if reply[1] > now}
         self.workers = {worker: one for worker, one in self.workers.items() if one.until > now}
         self.speeds = {model: one for model, one in self.speeds.items() if one[1] > now}
+        if self.asked_until <= now:
+            self.asked_models = set()
         if self.changes_until <= now:
             self.changes = []
         if self.control_until <= now:

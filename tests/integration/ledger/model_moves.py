@@ -35,6 +35,8 @@ class ModelMoves:
         # For each model and priority, when each waiting owner took its place: the call, and the place within the call.
         self.lines: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
         self.bells: Counter[str] = Counter()
+        self.asked_models: set[str] = set()
+        self.asked_until: float = 0
         self.claims: dict[str, tuple[str, str, float]] = {}
         self.workers: dict[str, Announced] = {}
         self.speeds: dict[str, tuple[dict[str, str], float]] = {}

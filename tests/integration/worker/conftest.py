@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from server.ledger.status import WorkerStatus
 from server.registry import Registry, load_registry
 from server.settings import RetentionSettings, Settings, load_settings
 from server.store import Store
+from tests.integration.worker.lane_kit import LaneKit
 
 OWNER = "ana"
 # Generous: an import of torch alone takes half a minute on a busy machine.
@@ -334,3 +335,21 @@ def crew(
     workers = Workers(environment | own, tmp_path_factory.mktemp("crew"), s3.store)
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def running_lane(workers: Workers) -> Callable[..., Any]:
+    """Give a function that runs a lane with some settings changed, as a context."""
+
+    @contextmanager
+    def run(**settings: Any) -> Iterator[LaneKit]:
+        kit = LaneKit(workers, **settings)
+        kit.thread.start()
+        try:
+            yield kit
+        finally:
+            kit.lane.stop()
+            kit.thread.join(60)
+        assert not kit.thread.is_alive()
+
+    return run

@@ -222,14 +222,17 @@ def test_result_says_how_it_was_made(open_runner, workers):
     photo = sideways_photo(workers)
     in_hand = kit.claim(data=photo, output=OutputSpec(format="jpeg"), **record)
     kit.stage(in_hand)
+    in_hand.weights_sha256 = "a" * 64
     kit.finish(in_hand)
 
     job, data, _ = stored(workers, in_hand.job.id)
+    assert job.weights_sha256 == "a" * 64
     assert (job.params["height"], job.params["width"]) == (176, 96)
     assert read_record(data) == {
         "job_id": job.id,
         "model": workers.FLUX,
         "model_version": workers.registry.get(workers.FLUX).version,
+        "weights_sha256": "a" * 64,
         "prompt": record["prompt"],
         "negative_prompt": "clutter",
         "params": job.params,

@@ -192,3 +192,16 @@ def test_other_formats_fail_as_invalid_input(steady, file_format):
     (job,) = steady.finished(batch_id).jobs
 
     assert (job.error.code, job.attempts) == ("invalid_input", 1)
+
+
+def test_prompt_with_too_many_tokens_fails_by_name(steady):
+    """A prompt that the model would cut off fails its job at once, with both numbers; the next job is done."""
+    photo = steady.upload(steady.picture())
+    too_long = replace(steady.job(photo), prompt="1" * 4000)
+    batch_id, *_ = steady.submit(too_long, steady.job(photo))
+
+    failed, done = steady.finished(batch_id).jobs
+
+    assert (failed.error.code, failed.attempts) == ("invalid_input", 1)
+    assert failed.error.detail == "the prompt has 4002 tokens; this model reads at most 512: shorten it"
+    assert done.error is None

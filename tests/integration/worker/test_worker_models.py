@@ -1,37 +1,130 @@
 """Which models a worker serves: those it can load, one after the other where memory holds one."""
 
+import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 from server.jobs import JobStatus
+from server.worker.placement import Swap
+from tests.integration.worker.lane_kit import LaneKit
 
 QWEN = "tiny-qwen-image-edit-2511"
 FLUX = "tiny-flux-kontext"
+KLEIN = "tiny-flux2-klein"
 
 
-def test_model_without_weights_is_reported_and_the_other_served(new_workers, valkey, weights_dir, tmp_path):
-    """A folder that is missing and one that is damaged have their reason announced; the third model does its jobs."""
+def ask_for_more_layers(folder):
+    """Make a model's configuration and weights contradict each other; each of its files by itself is whole."""
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_layers": 3}))
+    (folder / "restage-manifest.json").unlink()
+
+
+def cut_weights(folder):
+    """Take the last byte away from a model's weights."""
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_models_that_cannot_be_loaded_are_told_before_any_job_of_theirs_is_taken(
+    new_workers, valkey, weights_dir, tmp_path
+):
+    """With room for one model and weights for one of many: it is served, and of each other is said why it is not.
+
+    A job of a damaged model that waits from before the start stays as it is, and the good model stays in memory.
+    """
     folder = tmp_path / "weights"
-    for name in (QWEN, FLUX):
-        shutil.copytree(weights_dir / name, folder / name)
-    # The look at the folder finds nothing wrong with it, the load does.
-    index = folder / QWEN / "text_encoder" / "config.json"
-    index.write_text(index.read_text().replace('"num_hidden_layers": ', '"num_hidden_layers": 1'))
-    enabled = f'["{QWEN}", "{FLUX}", "flux-kontext-dev"]'
-    workers = new_workers(valkey.url, RESTAGE__MODELS__WEIGHTS_DIR=str(folder), RESTAGE__MODELS__ENABLED=enabled)
+    shutil.copytree(weights_dir, folder)
+    shutil.rmtree(folder / KLEIN)
+    ask_for_more_layers(folder / QWEN)
+    workers = new_workers(
+        valkey.url,
+        RESTAGE__MODELS__WEIGHTS_DIR=str(folder),
+        RESTAGE__MODELS__ENABLED=json.dumps([QWEN, FLUX, KLEIN, "flux-kontext-dev"]),
+        RESTAGE__WORKER__MAX_RESIDENT_MODELS="1",
+        RESTAGE__WORKER__MAX_WAIT_SECONDS="1",
+    )
+    photo = workers.upload(workers.picture())
+    _, waiting = workers.submit(workers.job(photo, QWEN))
     workers.start()
     workers.wait_ready()
 
-    models = workers.statuses()[0].models
-    assert models["flux-kontext-dev"].reason == f"flux-kontext-dev: there is no folder {folder / 'flux-kontext-dev'}"
-    assert QWEN in models[QWEN].reason
-    assert [name for name, model in models.items() if model.ready] == [FLUX]
-    assert workers.logs().count("model.refused") == 2
+    statuses = workers.wait(workers.api.model_statuses(workers.registry.ids))
+    assert [model for model, status in statuses.items() if status.ready] == [FLUX]
+    announced = workers.statuses()[0].models
+    assert all((statuses[model].reason or "").endswith(one.reason or "") for model, one in announced.items())
+    for model in (KLEIN, "flux-kontext-dev"):
+        assert announced[model].reason == f"{model}: there is no folder {folder / model}"
+    assert announced[QWEN].reason == (
+        f"{QWEN}: config.json and weights of {folder / QWEN / 'transformer'} do not belong together: "
+        "missing tensors: 32, such as transformer_blocks.2.attn.add_k_proj.bias"
+    )
+    refusals = [line for line in workers.logs().splitlines() if "model.refused" in line]
+    levels = {
+        model: "error" in line.split("model.refused")[0] for model in statuses for line in refusals if model in line
+    }
+    assert levels == {QWEN: True, KLEIN: False, "flux-kontext-dev": False}
 
-    photo = workers.upload(workers.picture())
     batch_id, _ = workers.submit(workers.job(photo, FLUX))
-    _, waiting = workers.submit(workers.job(photo, QWEN))
     assert workers.finished(batch_id).counts["succeeded"] == 1
-    assert workers.read(waiting).status is JobStatus.QUEUED
+    job = workers.read(waiting)
+    assert (job.status, job.attempts, job.worker) == (JobStatus.QUEUED, 0, None)
+    assert "model.evicted" not in workers.logs()
+
+
+def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
+    new_workers, valkey, weights_dir, tmp_path
+):
+    """Weights that are damaged after the start: the job in hand goes back unharmed, no other is taken, others go on."""
+    from server.worker.errors import ModelUnavailable
+    from server.worker.patience import Outage
+    from server.worker.run_job import JobRunner
+
+    folder = tmp_path / "weights"
+    shutil.copytree(weights_dir, folder)
+    workers = new_workers(valkey.url, RESTAGE__MODELS__WEIGHTS_DIR=str(folder))
+    kit = LaneKit(workers, max_resident_models=1)
+    photo = workers.upload(workers.picture())
+    kit.thread.start()
+    try:
+        workers.until("the default model", lambda: list(kit.residency.resident) == [QWEN])
+        assert FLUX in kit.residency.usable
+        in_hand, other = kit.claim(workers.job(photo, FLUX), workers.job(photo, QWEN))
+        cut_weights(folder / FLUX)
+        kit.lane.submit(in_hand)
+        ended, error = kit.next_end()
+        assert ended is in_hand
+        assert isinstance(error, ModelUnavailable)
+        assert "bytes, not " in str(error)
+        assert kit.residency.usable == [QWEN]
+        assert kit.residency.statuses()[FLUX].reason == str(error)
+        # What placement decided before it knew puts nothing out of memory.
+        kit.lane.submit(other)
+        assert kit.next_end()[0] is other
+        kit.residency.swap(Swap(load=FLUX, evict=QWEN))
+        assert list(kit.residency.resident) == [QWEN]
+    finally:
+        kit.lane.stop()
+        kit.thread.join(60)
+
+    bugs = []
+    with ThreadPoolExecutor(1) as pool:
+        JobRunner(
+            registry=workers.registry,
+            store=workers.store,
+            ledger=kit.ledger,
+            hand=kit.hand,
+            store_outage=Outage("store"),
+            ledger_outage=Outage("redis"),
+            settings=kit.settings,
+            max_image_pixels=10**8,
+            pool=pool,
+            on_bug=bugs.append,
+        ).fail(in_hand, error)
+    assert bugs == []
+    job = workers.read(in_hand.job.id)
+    assert (job.status, job.error) == (JobStatus.QUEUED, None)
+    assert workers.field(job.id, "errors") == "0"
 
 
 def test_worker_without_any_model_ends_with_status_3(new_workers, valkey, tmp_path):
