@@ -196,7 +196,7 @@ def pass_time() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def wait_until() -> Callable[..., None]:
-    """Give a function that waits until a condition holds and returns it: `wait_until(condition, timeout_seconds=10)`."""
+    """Give a function that waits for a condition and returns it: `wait_until(condition, timeout_seconds=10.0)`."""
 
     def wait(condition: Callable[[], Any], timeout_seconds: float = 10.0) -> Any:
         deadline = time.monotonic() + timeout_seconds
