@@ -29,10 +29,13 @@ OTHER_FILES = {
 }
 
 
+NOT_WEIGHTS = {"restage-manifest.json", ".made-by"}
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
-    """Read a folder's files by path, but for the manifest."""
+    """Read a folder's files by path, but for the manifest and the stamp of the twin's makers."""
     files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*") if file.is_file()}
-    return {path: file.read_bytes() for path, file in sorted(files.items()) if path != "restage-manifest.json"}
+    return {path: file.read_bytes() for path, file in sorted(files.items()) if path not in NOT_WEIGHTS}
 
 
 @pytest.fixture
