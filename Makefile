@@ -6,7 +6,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench clean
+.PHONY: help demo test gpu-test check fix bench clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,7 +26,10 @@ demo: $(VENV)/.run ## Stage eight drawn rooms with the tiny models, all on this 
 
 test: $(VENV)/.dev ## Run every tier of tests but gpu, with branch coverage
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90 --ignore=tests/gpu
+
+gpu-test: $(VENV)/.dev ## Run the tests that need a GPU; without one all are skipped, with the reason
+	$(BIN)/python -m pytest tests/gpu
 
 check: $(VENV)/.dev ## Lint, formatting, types, import contracts, spelling; changes nothing
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.errors import WeightsError
 from pipelines.loras import check_lora_fits
+from pipelines.optimizations import check_optimizations
 from pipelines.running import is_out_of_memory, one_line
 from pipelines.verifying import check_files
 from pipelines.weights import ModelSpec, check_weights, components, has_weights, read_json, weights_files
@@ -52,10 +53,15 @@ _CLASS_NAMES = (
 )
 
 
-def check_loadable(spec: ModelSpec) -> None:
+def check_loadable(spec: ModelSpec, device: str | None = None) -> None:
     """Check that a model's folder is whole and that its files fit together, without loading it.
 
+    Args:
+        spec: the model.
+        device: on which it is to run, as torch names it; None: nothing is asked of a machine.
+
     Raises:
+        OptimizationUnavailable: it cannot be run on the device as its entry asks.
         WeightsMissing: there is no folder.
         WeightsError: it is still being fetched, or is not what its manifest says; a file is missing or damaged; a
             component is of another class or shape than the others take it for; a LoRA does not fit the model.
@@ -79,6 +85,8 @@ def check_loadable(spec: ModelSpec) -> None:
     _check_for_family(spec, pipeline)
     for lora in spec.loras:
         check_lora_fits(spec, lora, pipeline)
+    if device is not None:
+        check_optimizations(spec, pipeline, device)
 
 
 def _quieten_libraries() -> None:

@@ -3,8 +3,8 @@
 So a model of 20 billion parameters is counted in about a second, in no memory, on any machine.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +18,21 @@ from torch import nn
 from pipelines.activations import RunSize, TextEncoderShape, denoising_bytes, encoding_bytes, vae_bytes
 from pipelines.architectures import Architecture, Component
 from pipelines.errors import WeightsError
-from pipelines.memory_plan import ModelMemory
-from pipelines.running import one_line
+from pipelines.memory_plan import ModelMemory, highest_bytes
+from pipelines.optimization_params import Optimizations
+from pipelines.optimizations import DENOISER, is_quantized, is_stored_small
+from pipelines.running import is_out_of_memory, one_line
 from pipelines.weights import ModelSpec
 
 Quantization = Literal["none", "int8", "fp8"]
 
+PLAIN = Optimizations()
+
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
-# As weight-only quantization of torchao does it: the matrices of the transformer's linear layers in one byte a number,
-# with one scale for each row. All else keeps the model's dtype.
-QUANTIZED_COMPONENT = "transformer"
+# As torchao does it, weights only: one byte a number, and for each row a scale, of integers also their zero. All else
+# keeps the model's dtype.
 QUANTIZED_BYTES = 1
-SCALE_BYTES = 4
+ROW_BYTES = {"int8": 5, "fp8": 4}
 # This pipeline shows its text encoder small photos, whatever the model's area; the others show what the VAE sees.
 ENCODER_AREAS = {"QwenImageEditPlusPipeline": 384 * 384}
 # What the classes raise for a configuration that is not theirs.
@@ -62,22 +65,24 @@ class ModelSize:
         components: in the order of the pipeline; LoRAs last.
         phases: name → estimated activations in bytes; only one phase runs at a time.
         not_counted: what is missing here, in words.
+        moved: phase → bytes of the weights that are on the device only for it; where there are any, no others stay.
     """
 
     model: str
     components: tuple[ComponentSize, ...]
     phases: dict[str, int]
     not_counted: tuple[str, ...]
+    moved: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def memory(self) -> ModelMemory:
         """The sums that a plan is made of."""
-        weights_bytes = sum(component.weights_bytes for component in self.components)
-        return ModelMemory(self.model, weights_bytes, max(self.phases.values(), default=0))
+        weights_bytes = 0 if self.moved else sum(component.weights_bytes for component in self.components)
+        return ModelMemory(self.model, weights_bytes, highest_bytes(self.phases, self.moved))
 
 
 def size_model(
-    spec: ModelSpec, architecture: Architecture, *, num_photos: int, quantization: Quantization = "none"
+    spec: ModelSpec, architecture: Architecture, *, num_photos: int, quantization: Quantization | None = None
 ) -> ModelSize:
     """Count a model.
 
@@ -85,34 +90,43 @@ def size_model(
         spec: for its dtype, its area and its LoRAs; the weights need not be there.
         architecture: what it is built of.
         num_photos: as many as one job may have.
-        quantization: of the transformer's linear layers.
+        quantization: of the transformer's linear layers; as its entry says when left out.
 
     Raises:
         WeightsError: a component cannot be built, or a LoRA's file is damaged.
     """
     dtype: torch.dtype = getattr(torch, spec.dtype)
+    wanted = _in_place_of(spec.optimizations, quantization)
     encoder_area = min(spec.area, ENCODER_AREAS.get(spec.pipeline, spec.area))
     run = RunSize(spec.area, encoder_area, num_photos, dtype.itemsize)
     sizes: list[ComponentSize] = []
     phases: dict[str, int] = {}
+    moved: dict[str, int] = {}
     not_counted: list[str] = []
     for name, component in architecture.components.items():
         module = build_empty(spec.id, name, component)
-        is_quantized = quantization != "none" and name == QUANTIZED_COMPONENT
         num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        weights_bytes = count_bytes(module, dtype, is_quantized=is_quantized)
+        weights_bytes = count_bytes(module, dtype, wanted if name == DENOISER else PLAIN)
         sizes.append(ComponentSize(name, component.class_name, num_parameters, weights_bytes))
         phase = _phase(component.library, module, run)
         if phase is None:
             not_counted.append(f"what {name} ({component.class_name}) takes while it runs")
         else:
             phases[phase[0]] = max(phases.get(phase[0], 0), phase[1])
+        if wanted.offload != "none":
+            at_once_bytes = weights_bytes if wanted.offload == "model" else _largest_layer_bytes(module, dtype)
+            used_in = phase[0] if phase else name
+            moved[used_in] = max(moved.get(used_in, 0), at_once_bytes)
     for lora in spec.loras:
         if lora.file.is_file():
             sizes.append(_size_lora(spec, lora.id, lora.file, dtype))
         else:
             not_counted.append(f"the LoRA {lora.id}, whose file is not there")
-    return ModelSize(spec.id, tuple(sizes), phases, tuple(not_counted))
+    return ModelSize(spec.id, tuple(sizes), phases, tuple(not_counted), moved)
+
+
+def _in_place_of(optimizations: Optimizations, quantization: Quantization | None) -> Optimizations:
+    return optimizations if quantization is None else optimizations.model_copy(update={"quantization": quantization})
 
 
 def build_empty(model_id: str, name: str, component: Component) -> nn.Module:
@@ -126,28 +140,46 @@ def build_empty(model_id: str, name: str, component: Component) -> nn.Module:
     Raises:
         WeightsError: the class is unknown here, or cannot be made from this configuration.
     """
+    return build_component(model_id, name, component, "meta")
+
+
+def build_component(model_id: str, name: str, component: Component, device: str) -> nn.Module:
+    """Make a component on a device, in torch's default dtype, with the numbers that its class starts with.
+
+    Args:
+        model_id: for messages.
+        name: of the component, likewise.
+        component: class and configuration.
+        device: as torch names it; on `meta` there are no numbers.
+
+    Raises:
+        WeightsError: the class is unknown here, or cannot be made from this configuration.
+        RuntimeError: the device has too little memory, or the machine.
+    """
     found = getattr(LIBRARIES[component.library], component.class_name, None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise WeightsError(f"{model_id}: {component.library} has no model {component.class_name} ({name})")
     model_class: Any = found
     try:
-        with torch.device("meta"):
+        with torch.device(device):
             if component.library == "diffusers":
                 return model_class.from_config(component.config)
             return model_class(model_class.config_class.from_dict(component.config))
     except CLASS_ERRORS as error:
+        if is_out_of_memory(error):  # no fault of the configuration
+            raise
         raise WeightsError(
             f"{model_id}: {component.class_name} cannot be made from the configuration of {name}: {one_line(error)}"
         ) from error
 
 
-def count_bytes(module: nn.Module, dtype: torch.dtype, *, is_quantized: bool = False) -> int:
+def count_bytes(module: nn.Module, dtype: torch.dtype, optimizations: Optimizations = PLAIN) -> int:
     """Count what a module's weights take once they are loaded.
 
     Args:
         module: on any device.
         dtype: to which floating-point numbers are loaded; others keep theirs.
-        is_quantized: whether the matrices of its linear layers are.
+        optimizations: what is done to them.
     """
     # By identity, so that an embedding that is also the last layer counts once.
     tensors = {id(value): value for value in module.state_dict(keep_vars=True).values()}
@@ -155,15 +187,19 @@ def count_bytes(module: nn.Module, dtype: torch.dtype, *, is_quantized: bool = F
         value.numel() * (dtype.itemsize if value.is_floating_point() else value.element_size())
         for value in tensors.values()
     )
-    if is_quantized:
-        for layer in _linear_layers(module):
-            saved_bytes = layer.weight.numel() * (dtype.itemsize - QUANTIZED_BYTES)
-            total_bytes += layer.out_features * SCALE_BYTES - saved_bytes
+    small_itemsize = dtype.itemsize - QUANTIZED_BYTES
+    for name, layer in module.named_modules():
+        if optimizations.quantization != "none" and is_quantized(layer, name):
+            rows, columns = layer.out_features, layer.in_features
+            total_bytes += rows * ROW_BYTES[optimizations.quantization] - rows * columns * small_itemsize
+        elif optimizations.layerwise_casting != "none" and is_stored_small(module, layer, name):
+            total_bytes -= sum(value.numel() for value in layer.parameters()) * small_itemsize
     return total_bytes
 
 
-def _linear_layers(module: nn.Module) -> Iterable[nn.Linear]:
-    return (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+def _largest_layer_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    sizes = (sum(value.numel() for value in layer.parameters(recurse=False)) for layer in module.modules())
+    return max(sizes, default=0) * dtype.itemsize
 
 
 def _phase(library: str, module: nn.Module, run: RunSize) -> tuple[str, int] | None:

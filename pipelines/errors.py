@@ -5,6 +5,7 @@ PipelineError
 ├─ OutOfMemory         the device; evict, try once more, then the job fails as `out_of_memory`
 ├─ Cancelled           a cancel reached the run
 ├─ DeadlineExceeded    the run used up its time on the device
+├─ OptimizationUnavailable  this machine cannot run the model as its entry asks; the worker serves the others
 └─ WeightsError        the model cannot be loaded; the worker serves the others
    └─ WeightsMissing   its folder is not there, as on every machine that serves only some of the models
 """
@@ -28,6 +29,10 @@ class Cancelled(PipelineError):
 
 class DeadlineExceeded(PipelineError):
     """Raised when a run used up its time on the device."""
+
+
+class OptimizationUnavailable(PipelineError):
+    """Raised when a model cannot be run here as its entry's `optimizations` ask."""
 
 
 class WeightsError(PipelineError):

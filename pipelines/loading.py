@@ -6,6 +6,7 @@ import importlib
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -17,7 +18,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from pipelines.checking import Telling, check_loadable
 from pipelines.errors import OutOfMemory
 from pipelines.loras import LoraSwitch, load_loras
-from pipelines.running import Run, RunRequest, is_out_of_memory
+from pipelines.optimizations import cached_steps, place_pipeline
+from pipelines.running import Run, RunRequest, execution_device, is_out_of_memory
 from pipelines.weights import ModelSpec
 
 __all__ = ["LoadedModel", "ModelSpec", "check_loadable", "load_model"]
@@ -37,6 +39,7 @@ class LoadedModel:
         self.spec = spec
         self.pipeline: Any = pipeline
         self._family = importlib.import_module(f"pipelines.{spec.family}.run")
+        self._device = execution_device(pipeline)
         self._loras = LoraSwitch(spec.loras)
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
 
@@ -53,23 +56,30 @@ class LoadedModel:
 
         Raises:
             BadInput: the family cannot run this request, or the model has not its LoRAs.
-            RuntimeError: another run is open that uses other LoRAs, or others of its scales.
+            RuntimeError: another run is open that uses other LoRAs, or others of its scales; or the model is
+                `exclusive` and any other run is open.
         """
         loras = self._loras.resolve(request.loras)
+        if self.spec.exclusive and any(run.is_open for run in self._runs):
+            raise RuntimeError(f"{self.spec.id}: a run is open; its model can have only one at a time")
         if loras != self._loras.chosen and any(run.is_open for run in self._runs):
             raise RuntimeError(f"{self.spec.id}: a run with other LoRAs is open; LoRAs change the model of all runs")
         call = self._family.build_call(self.pipeline, photos, request)
         self._loras.switch(self.pipeline, loras)
         scheduler = self._loras.make_scheduler(self.pipeline, loras)
-        run = Run(self.pipeline, call, scheduler=scheduler, num_threads=num_threads)
+        around = partial(cached_steps, self.pipeline, self.spec.optimizations, call.kwargs["num_inference_steps"])
+        run = Run(self.pipeline, call, scheduler=scheduler, device=self._device, num_threads=num_threads, around=around)
         self._runs.add(run)
         return run
 
     def close(self) -> None:
         """Free the memory of the model; its runs must have been closed."""
+        self.pipeline.remove_all_hooks()
         _empty_caches(self.pipeline)
         self.pipeline = None
-        # Modules and their hooks point at each other: only the collector frees them, and only then CUDA's own cache.
+        # Modules and their hooks point at each other: only the collector frees them, and only then CUDA's own cache. It
+        # passes over what its caller has set aside with `gc.freeze`.
+        gc.unfreeze()
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -110,21 +120,27 @@ def load_model(spec: ModelSpec, device: str) -> LoadedModel:
 
     Raises:
         WeightsError: something is missing, damaged, incomplete or of another class.
+        OptimizationUnavailable: it cannot be run here as its entry asks.
         OutOfMemory: the device has too little memory.
     """
-    check_loadable(spec)
+    check_loadable(spec, device)
     try:
         with Telling(spec, str(spec.weights_dir)):
             pipeline = _read_pipeline(spec)
         load_loras(spec, pipeline)
-        pipeline.to(device)
+        place_pipeline(spec, pipeline, device)
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise OutOfMemory(f"{spec.id}: too little memory to load the model on {device}") from error
         raise
+    prepare_pipeline(pipeline)
+    return LoadedModel(spec, pipeline)
+
+
+def prepare_pipeline(pipeline: Any) -> None:
+    """Give a pipeline whose weights are there what every run relies on; not to be done twice."""
     pipeline.set_progress_bar_config(disable=True)
     _pass_image_positions(pipeline)
-    return LoadedModel(spec, pipeline)
 
 
 def _read_pipeline(spec: ModelSpec) -> DiffusionPipeline:

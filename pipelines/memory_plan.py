@@ -1,7 +1,7 @@
 """Which models fit into the memory of a device, alone and beside each other; plain arithmetic, without torch."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 # What a device loses before the first tensor: CUDA's context, the libraries' workspaces, gaps between tensors. Not
 # measured; a plan that needs the last of it is no plan.
@@ -23,6 +23,50 @@ class ModelMemory:
     model: str
     weights_bytes: int
     activation_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The largest run of a model that is planned for, from which others are estimated.
+
+    Attributes:
+        area: of the output and of each photo, as the model reads it, in pixels.
+        num_photos: of the run.
+        phases: name → bytes beyond the weights; only one phase runs at a time.
+        moved: phase → bytes of the weights that are on the device only for it.
+    """
+
+    area: int
+    num_photos: int
+    phases: Mapping[str, int]
+    moved: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def bytes_for(self, height: int, width: int, num_photos: int) -> int:
+        """Estimate what another run takes: the denoising follows all pixels, the decoding those of the output.
+
+        Args:
+            height: of the output in pixels.
+            width: likewise.
+            num_photos: of the run; each is read at the model's own area.
+        """
+        output_pixels = height * width
+        planned_pixels = (1 + self.num_photos) * self.area
+        shares = {
+            "denoising": (output_pixels + num_photos * self.area) / planned_pixels,
+            "decoding": output_pixels / self.area,
+        }
+        sizes = {phase: round(size * shares.get(phase, 1.0)) for phase, size in self.phases.items()}
+        return highest_bytes(sizes, self.moved)
+
+
+def highest_bytes(phases: Mapping[str, int], moved: Mapping[str, int]) -> int:
+    """Say what a run takes beyond the weights that stay.
+
+    Args:
+        phases: name → bytes of its activations; only one phase runs at a time.
+        moved: name → bytes of the weights that are on the device only for it.
+    """
+    return max((phases.get(phase, 0) + moved.get(phase, 0) for phase in phases.keys() | moved.keys()), default=0)
 
 
 @dataclass(frozen=True)

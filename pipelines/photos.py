@@ -4,7 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
@@ -99,6 +99,54 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     rgb = image.convert("RGB")
     rgb.info = {}
     return rgb
+
+
+class StagedPhoto(Image.Image):
+    """A photo of which only those pictures are here that its run will read, scaled beforehand; not its own pixels.
+
+    It has the photo's size, and answers `resize` as the whole photo would. That is all that families and pipelines ask
+    of a photo; whatever else is asked fails, rather than to be answered otherwise.
+
+    Args:
+        height: of the whole photo, upright, in pixels.
+        width: likewise.
+        pictures: the photo as `resize` with LANCZOS makes it, by (height, width); RGB, 8 bit.
+    """
+
+    def __init__(self, height: int, width: int, pictures: Mapping[tuple[int, int], Image.Image]) -> None:
+        super().__init__()
+        self._mode = "RGB"
+        self._size = (width, height)
+        self._pictures = pictures
+
+    def resize(
+        self,
+        size: Any,
+        resample: int | None = None,
+        box: Any = None,
+        reducing_gap: float | None = None,
+    ) -> Image.Image:
+        """Give the photo at one of the sizes it was staged for; arguments as Pillow has them.
+
+        Raises:
+            ValueError: it was not staged for that.
+        """
+        width, height = size
+        picture = self._pictures.get((height, width))
+        if picture is None or resample != Image.Resampling.LANCZOS or box is not None or reducing_gap is not None:
+            here = ", ".join(f"{width} x {height}" for height, width in self._pictures)
+            raise ValueError(
+                f"the photo was asked for at {width} x {height}, but is only here as LANCZOS makes it at {here}"
+            )
+        return picture.copy()
+
+    def load(self) -> Never:
+        """Refuse to give the photo's own pixels, which are not here.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("the photo's own pixels are not here: `reading_sizes` tells at which sizes it is read")
 
 
 def fit_area(image: Image.Image, area: int) -> Image.Image:

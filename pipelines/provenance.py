@@ -37,8 +37,8 @@ def write_packet(record: Mapping[str, Any], max_bytes: int | None = None) -> byt
     """Write the XMP packet of an output.
 
     Args:
-        record: plain JSON values: `job_id`, `model`, `model_version`, `prompt`, `negative_prompt`, `params` (as run,
-            with `seed`), `loras`, `input_sha256` (one for each photo).
+        record: plain JSON values: `job_id`, `model`, `model_version`, `optimizations`, `prompt`, `negative_prompt`,
+            `params` (as run, with `seed`), `loras`, `input_sha256` (one for each photo).
         max_bytes: what the file format holds. Where that is too little, the longest parts of the record are missing,
             and its `left_out` names them.
     """

@@ -1,10 +1,22 @@
 """The parameters that both Qwen-Image-Edit families take, known without torch."""
 
+import math
 from typing import ClassVar
 
 from pydantic import Field
 
 from pipelines.sizes import SizeParams
+
+
+def pipeline_size(photo_height: int, photo_width: int, area: int) -> tuple[int, int]:
+    """Say to which (height, width) both pipelines scale a photo, multiples of 32.
+
+    Source: `calculate_dimensions` of diffusers 0.42, to the bit, since it decides on rounded halves.
+    """
+    ratio = photo_width / photo_height
+    width = math.sqrt(area * ratio)
+    height = width / ratio
+    return round(height / 32) * 32, round(width / 32) * 32
 
 
 class QwenParams(SizeParams):

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -19,6 +20,13 @@ from diffusers import DiffusionPipeline  # pyright: ignore[reportPrivateImportUs
 from PIL import Image
 
 from pipelines.errors import OutOfMemory
+
+_OUT_OF_MEMORY_SIGNS = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,14 @@ class Run:
     `advance()` and `close()` are for one thread, the lane. Whoever starts a run closes it. A pipeline that does not
     call back after each step runs as a whole in the first `advance()`.
 
+    Args:
+        pipeline: never called itself, but a copy of it.
+        call: of the pipeline.
+        scheduler: for this run; a copy of the pipeline's when left out.
+        device: where the pipeline computes; found out when left out, which takes longer than all else here.
+        num_threads: CPU threads that torch may use; its own choice when left out.
+        around: makes a context that is open while the pipeline is called, in the run's own thread.
+
     Attributes:
         step: number of steps that are done.
         total_steps: number of steps of the whole run.
@@ -91,18 +107,22 @@ class Run:
         call: PipelineCall,
         *,
         scheduler: Any | None = None,
+        device: torch.device | None = None,
         num_threads: int | None = None,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         # The scheduler counts steps and the call keeps state on the pipeline: both are this run's own. The models,
         # which hold the memory, are shared.
         self._pipeline: Any = copy.copy(pipeline)
         self._pipeline.scheduler = copy.deepcopy(pipeline.scheduler) if scheduler is None else scheduler
-        self._device: torch.device = pipeline.device
+        self._device = execution_device(pipeline) if device is None else device
         self._call = call
         self._num_threads = num_threads
+        self._around = around
         self._thread: threading.Thread | None = None
-        self._may_run = threading.Semaphore(0)
-        self._handed_back = threading.Semaphore(0)
+        # Queues that are made in C: a semaphore of Python's would cost more than the hand-over itself.
+        self._may_run: SimpleQueue[None] = SimpleQueue()
+        self._handed_back: SimpleQueue[None] = SimpleQueue()
         self._error: BaseException | None = None
         self._traceback = ""
         self._closing = False
@@ -133,10 +153,10 @@ class Run:
             self._thread = threading.Thread(target=self._run, name="pipeline-run", daemon=True)
             with self._call.first_advance():
                 self._thread.start()
-                self._handed_back.acquire()
+                self._handed_back.get()
         else:
-            self._may_run.release()
-            self._handed_back.acquire()
+            self._may_run.put(None)
+            self._handed_back.get()
         if self._error is None and self.image is None:
             return True
         self.close()
@@ -152,7 +172,7 @@ class Run:
         self._closing = True
         if self._thread is not None:
             # For a thread that has ended, nobody takes the baton, and there is nothing to wait for.
-            self._may_run.release()
+            self._may_run.put(None)
             self._thread.join()
             self._thread = None
 
@@ -163,19 +183,23 @@ class Run:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
         try:
-            self._finish(self._pipeline(**self._call.kwargs, **self._callback()))
+            try:
+                with self._around():
+                    self._finish(self._pipeline(**self._call.kwargs, **self._callback()))
+            finally:
+                # At whichever end: what hooks keep of this run must not reach the next.
+                self._pipeline.maybe_free_model_hooks()
         except RunClosed:
-            self._pipeline.maybe_free_model_hooks()
+            pass
         except BaseException as error:  # noqa: BLE001 - carried to the lane, where advance() raises it
             # As text: the traceback itself holds the frames, and they hold latents, which on a full device must go
             # before anything else is tried.
             self._traceback = "".join(traceback.format_exception(error))
             error.__cause__ = error.__context__ = None
             self._error = error.with_traceback(None)
-            self._pipeline.maybe_free_model_hooks()
         finally:
-            del self._pipeline, self._call
-            self._handed_back.release()
+            del self._pipeline, self._call, self._around
+            self._handed_back.put(None)
 
     def _callback(self) -> dict[str, Any]:
         takes_callback = "callback_on_step_end" in inspect.signature(self._pipeline.__call__).parameters
@@ -189,8 +213,8 @@ class Run:
         self.step = step + 1
         self.total_steps = pipeline.num_timesteps
         if self.step < self.total_steps:
-            self._handed_back.release()
-            self._may_run.acquire()
+            self._handed_back.put(None)
+            self._may_run.get()
         if self._closing:
             raise RunClosed
         return {}
@@ -202,10 +226,15 @@ class Run:
         self.image, self.step = output.images[0], self.total_steps
 
 
+def execution_device(pipeline: Any) -> torch.device:
+    """Tell where a pipeline computes; its weights may wait elsewhere until they are used."""
+    return pipeline._execution_device  # noqa: SLF001 - told nowhere else
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means too little memory; on the CPU torch has no class for that."""
+    """Tell whether an error means too little memory; not everywhere torch has a class for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS)
     )
 
 

@@ -1,6 +1,7 @@
 """Which sizes a model can run, known without torch so that the server can refuse a photo before a GPU sees it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -138,6 +139,30 @@ class SizeParams(BaseModel):
         if self.width is not None and self.height is not None:
             return self.height, self.width
         return size_of_area(self._named_ratio() or photo_width / photo_height, area)
+
+    @classmethod
+    def reading_sizes(
+        cls,
+        photo_height: int,
+        photo_width: int,
+        area: int,
+        params: Mapping[str, Any],  # noqa: ARG003 (of use to other families)
+        *,
+        is_first: bool,  # noqa: ARG003
+    ) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, so that it can be scaled before the device is free for the run.
+
+        Args:
+            photo_height: of a photo that is not too narrow, with its orientation applied, in pixels.
+            photo_width: likewise.
+            area: the area that the model was trained on, in pixels.
+            params: the run's, resolved.
+            is_first: whether the photo is the first of its job.
+
+        Returns:
+            Each (height, width), in pixels, that the family or its pipeline scales the photo to; no others.
+        """
+        return [size_of_area(photo_width / photo_height, area)]
 
     def resolved(self, photo_height: int, photo_width: int, area: int, seed: int) -> dict[str, Any]:
         """Give every parameter its final value, so that the record alone makes the same picture again.

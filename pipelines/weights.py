@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import WeightsError, WeightsMissing
+from pipelines.optimization_params import Optimizations
 
 # Where the libraries keep what they save: the configuration of each kind of component, and a model's weights.
 SCHEDULER_CONFIGS = ("scheduler_config.json",)
@@ -63,6 +64,8 @@ class ModelSpec:
         area: at which the model reads photos and, if nothing else is asked, makes them; in pixels.
         loras: those that its jobs may choose.
         version: as the registry calls what lies in `weights_dir`.
+        num_photos: as many as one job may have; memory is planned for these.
+        optimizations: how it is run otherwise than its pipeline does by itself.
     """
 
     id: str
@@ -73,6 +76,13 @@ class ModelSpec:
     area: int
     loras: tuple[LoraSpec, ...] = ()
     version: str = ""
+    num_photos: int = 1
+    optimizations: Optimizations = field(default_factory=Optimizations)
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether only one run of the model may be open at a time."""
+        return self.optimizations.exclusive
 
 
 def check_weights(spec: ModelSpec) -> None:

@@ -16,7 +16,7 @@ _PACKAGES = ("litestar", "uvicorn", "pydantic", "redis", "dramatiq", "minio", "h
 class Target:
     """What a figure should be."""
 
-    kind: Literal["at least", "under", "exactly"]
+    kind: Literal["at least", "at most", "under", "exactly"]
     limit: float
 
     def is_kept_by(self, value: float) -> bool:
@@ -24,6 +24,8 @@ class Target:
         match self.kind:
             case "at least":
                 return value >= self.limit
+            case "at most":
+                return value <= self.limit
             case "under":
                 return value < self.limit
             case "exactly":

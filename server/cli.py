@@ -74,9 +74,14 @@ def api() -> None:
 def worker(device: str | None) -> None:
     """Run one worker, which drives one device."""
     from server.settings import load_settings
+    from server.worker.decoding import start_decoders
+
+    settings = load_settings()
+    decoders = start_decoders(settings)
+    # Behind the line above: this brings torch, and the decoders begin beside its long import.
     from server.worker.main import run_worker
 
-    sys.exit(run_worker(load_settings(), device))
+    sys.exit(run_worker(settings, decoders, device))
 
 
 @restage.command()
@@ -193,11 +198,9 @@ def models(context: click.Context, url: str) -> None:
 @click.option(
     "--quantization",
     type=click.Choice(["none", "int8", "fp8"]),
-    default="none",
-    show_default=True,
-    help="Of the weights of the transformers' linear layers; what it would save, before it can be served.",
+    help="Of the weights of the transformers' linear layers, whatever the entries say; as they say when left out.",
 )
-def plan_models(model_ids: tuple[str, ...], vram_gib: float, quantization: "Quantization") -> None:
+def plan_models(model_ids: tuple[str, ...], vram_gib: float, quantization: "Quantization | None") -> None:
     """Count what models take of a GPU, and which fit beside which; without a GPU, a server or the weights.
 
     MODEL is the id of an entry of models.yaml, enabled or not; all that name a source when left out. A model whose

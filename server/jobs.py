@@ -92,6 +92,7 @@ class Job:
     """One photo to be staged. Times are milliseconds since 1970 UTC by the ledger's clock.
 
     `weights_sha256` tells the weights that workers had when the job was accepted, then those that it ran on.
+    `optimizations` tells how its model was run otherwise than its pipeline does by itself; empty until it has run.
     """
 
     id: str
@@ -109,6 +110,7 @@ class Job:
     loras: tuple[dict[str, Any], ...] = ()
     output_spec: OutputSpec = OutputSpec()
     weights_sha256: str | None = None
+    optimizations: dict[str, Any] = field(default_factory=dict[str, Any])
     priority: Priority = Priority.NORMAL
     status: JobStatus = JobStatus.QUEUED
     attempts: int = 0

@@ -32,6 +32,7 @@ from server.api.request_context import RequestContext
 from server.api.services import Services
 from server.api.uploads import create_uploads
 from server.api.views import record_of_batch
+from server.api.workers import list_workers
 from server.changes import Changes
 from server.errors import ConfigError
 from server.janitor import Janitor
@@ -217,6 +218,7 @@ def _create_v1_router() -> Router:
             list_models,
             read_model,
             list_presets,
+            list_workers,
         ],
         guards=[require_key, refuse_unknown_names],
         dependencies={"principal": Provide(provide_principal, sync_to_thread=False)},

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from pipelines.optimization_params import Optimizations
 from pipelines.sizes import MIN_AREA, SizeParams
 from server.config.allowed import allowed_values, explain, shown
 from server.config.files import KeyPath
@@ -118,7 +119,7 @@ class ModelEntry(BaseModel):
         loras: what jobs may lay over the model.
         previous: versions that were replaced; jobs that were accepted for one of them run on it, all others fail.
         retired: takes no new jobs; those that were accepted still run.
-        optimizations: empty; nothing reads it yet, and an entry must not promise what does not happen.
+        optimizations: how it is run otherwise than its pipeline does by itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -142,7 +143,7 @@ class ModelEntry(BaseModel):
     loras: list[LoraEntry] = Field(default=[], max_length=MAX_LORAS)
     previous: list[PreviousVersion] = Field(default=[], max_length=MAX_PREVIOUS)
     retired: bool = False
-    optimizations: dict[str, Any] = Field(default={}, max_length=0)
+    optimizations: Optimizations = Optimizations()
 
     @property
     def params_model(self) -> type[SizeParams]:

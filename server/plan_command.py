@@ -31,14 +31,14 @@ GIB = 2**30
 GB = 10**9
 
 
-def print_plan(settings: Settings, model_ids: Sequence[str], vram_gib: float, quantization: Quantization) -> int:
+def print_plan(settings: Settings, model_ids: Sequence[str], vram_gib: float, quantization: Quantization | None) -> int:
     """Print what models take of a device, and which fit beside each other.
 
     Args:
         settings: for the registry and the folder of all weights.
         model_ids: entries of the registry, enabled or not; all that name a source when empty.
         vram_gib: of the whole device, in GiB.
-        quantization: of the transformers' linear layers.
+        quantization: of the transformers' linear layers; None: as each entry says.
 
     Returns:
         Exit status.
@@ -47,7 +47,7 @@ def print_plan(settings: Settings, model_ids: Sequence[str], vram_gib: float, qu
         ConfigError: the registry cannot be used.
         ModelNotFound: it has no such model.
     """
-    registry = _every_entry(settings)
+    registry = every_entry(settings)
     wanted = dict.fromkeys(model_ids) or [entry.id for entry in registry if entry.source is not None]
     sizes: list[ModelSize] = []
     problems: list[str] = []
@@ -69,7 +69,7 @@ def print_plan(settings: Settings, model_ids: Sequence[str], vram_gib: float, qu
     return EXIT_SOME_NOT_COUNTED if problems else EXIT_DONE
 
 
-def _every_entry(settings: Settings) -> Registry:
+def every_entry(settings: Settings) -> Registry:
     """Load all entries of the registry: whether to enable a model is what a plan is asked for."""
     load_registry(settings)  # tells every mistake, so that the ids can be relied on
     content = cast("list[dict[str, Any]]", read_config_file(settings.models.file).content)
@@ -77,9 +77,16 @@ def _every_entry(settings: Settings) -> Registry:
     return load_registry(settings.model_copy(update={"models": enabled}))
 
 
-def _size_entry(settings: Settings, entry: ModelEntry, quantization: Quantization) -> ModelSize:
+def _size_entry(settings: Settings, entry: ModelEntry, quantization: Quantization | None) -> ModelSize:
+    spec = spec_of(settings, entry)
+    architecture = architecture_of(spec, entry)
+    return size_model(spec, architecture, num_photos=entry.max_input_images, quantization=quantization)
+
+
+def spec_of(settings: Settings, entry: ModelEntry) -> ModelSpec:
+    """Say what a count of an entry needs to know."""
     folder = settings.models.weights_dir
-    spec = ModelSpec(
+    return ModelSpec(
         id=entry.id,
         family=entry.family,
         pipeline=entry.pipeline,
@@ -87,16 +94,20 @@ def _size_entry(settings: Settings, entry: ModelEntry, quantization: Quantizatio
         dtype=entry.dtype,
         area=entry.area,
         loras=tuple(LoraSpec(lora.id, folder / lora.weights) for lora in entry.loras),
+        optimizations=entry.optimizations,
     )
-    architecture = _architecture(spec, entry)
-    return size_model(spec, architecture, num_photos=entry.max_input_images, quantization=quantization)
 
 
 def _weights_dir(settings: Settings, entry: ModelEntry) -> Path:
     return settings.models.weights_dir / entry.weights
 
 
-def _architecture(spec: ModelSpec, entry: ModelEntry) -> Architecture:
+def architecture_of(spec: ModelSpec, entry: ModelEntry) -> Architecture:
+    """Find what a model is built of: in its folder, or in what is shipped while there is none.
+
+    Raises:
+        WeightsError: neither is there, or the folder's configurations cannot be read.
+    """
     if spec.weights_dir.is_dir():
         return architecture_of_folder(spec.weights_dir)
     repo = None if entry.source is None else entry.source.repo
@@ -112,10 +123,10 @@ def _print_tables(sizes: Sequence[ModelSize], vram_bytes: int) -> None:
     console.print(_models_table(sizes, vram_bytes))
 
 
-def _print_reading(settings: Settings, entries: Sequence[ModelEntry], quantization: Quantization) -> None:
+def _print_reading(settings: Settings, entries: Sequence[ModelEntry], quantization: Quantization | None) -> None:
     """Say how the tables are to be read, and how far they are to be trusted."""
     click.echo("1 GiB is 2^30 bytes, as nvidia-smi counts; 1 GB is 10^9, as files are counted.")
-    click.echo(f"Quantization: {quantization}. Weights are counted from configurations:")
+    click.echo(f"Quantization: {quantization or 'as each entry says'}. Weights are counted from configurations:")
     for words, is_here in (("in their own folders", True), ("as published, their folders are not here", False)):
         ids = [entry.id for entry in entries if _weights_dir(settings, entry).is_dir() == is_here]
         if ids:
@@ -164,7 +175,7 @@ def _models_table(sizes: Sequence[ModelSize], vram_bytes: int) -> Table:
             _gib(model.weights_bytes),
             _gib(model.activation_bytes),
             _gib(needed_bytes([model])),
-            max(size.phases, key=lambda phase: size.phases[phase], default="?"),
+            max(size.phases, key=lambda phase: size.phases[phase] + size.moved.get(phase, 0), default="?"),
             Text("yes", style="green") if is_fitting else Text("no", style="yellow"),
         )
     return table

@@ -23,6 +23,7 @@ from server.model_entry import (
     out_of_bounds,
     params_of_family,
 )
+from server.optimizations_entry import check_optimizations
 from server.prompts import PRESET_PLACEHOLDER, ROOM_TYPES, STYLES
 from server.settings import Settings
 
@@ -104,21 +105,12 @@ def _check_entry(file: ConfigFile, index: int, raw: Any) -> Iterator[Problem]:
         yield _problem(file, (index,), shown(raw), "needs a model: a mapping that begins with `id:`")
         return
     entry = cast("dict[Any, Any]", raw)
-    try:
-        ModelEntry.model_validate(entry, strict=True)
-    except ValidationError as error:
-        for details in error.errors(include_url=False):
-            path = (index, *details["loc"])
-            if details["loc"][:1] == ("presets",) and details["loc"][-1] == "[key]":
-                continue  # told with what there is by _check_presets
-            if path[1:] == ("optimizations",) and details["type"] == "too_long":
-                yield _problem(file, path, None, "is not supported yet; leave it out")
-            else:
-                value = None if details["type"] == "missing" else shown(details["input"])
-                yield _problem(file, path, value, explain(details, ModelEntry))
+    yield from _check_fields(file, index, entry)
     yield from _check_presets(file, (index, "presets"), dict(_items(entry.get("presets"))))
     yield from _check_loras_together(file, index, entry)
     yield from _check_previous(file, index, entry)
+    for place, value, detail in check_optimizations(entry):
+        yield _problem(file, (index, "optimizations", *place), value, detail)
     family = entry.get("family")
     if family == GENERIC:
         yield from _check_generic(file, index, entry)
@@ -129,6 +121,20 @@ def _check_entry(file: ConfigFile, index: int, raw: Any) -> Iterator[Problem]:
         yield from _check_against_family(file, index, entry, params_of_family(family))
     elif isinstance(family, str):
         yield _problem(file, (index, "family"), shown(family), f"is unknown; {suggest(family, families())}")
+
+
+def _check_fields(file: ConfigFile, index: int, entry: Mapping[Any, Any]) -> Iterator[Problem]:
+    try:
+        ModelEntry.model_validate(entry, strict=True)
+    except ValidationError as error:
+        for details in error.errors(include_url=False):
+            place = details["loc"]
+            if place[:1] == ("presets",) and place[-1] == "[key]":
+                continue  # told with what there is by _check_presets
+            if place[:2] == ("optimizations", "cache"):
+                continue  # told with what each kind takes by check_optimizations
+            value = None if details["type"] == "missing" else shown(details["input"])
+            yield _problem(file, (index, *place), value, explain(details, ModelEntry))
 
 
 def _check_generic(file: ConfigFile, index: int, entry: Mapping[Any, Any]) -> Iterator[Problem]:

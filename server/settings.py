@@ -175,12 +175,14 @@ class WorkerSettings(Section):
     step_grace_seconds: Seconds = 60.0
     max_held_jobs: int = Field(default=2, ge=1, le=64)
     stage_threads: int = Field(default=4, ge=1, le=64)
-    max_resident_models: int = Field(default=1, ge=1, le=64)
+    max_resident_models: int | None = Field(default=None, ge=1, le=64)
+    memory_bytes: int | None = Field(default=None, ge=1)
+    model_retry_seconds: Seconds = 30.0
     torch_threads: int | None = Field(default=None, ge=1, le=1024)
     poll_seconds: Seconds = 0.5
     max_errors: int = Field(default=3, ge=1, le=100)
     retry_base_seconds: Seconds = 2.0
-    max_wait_seconds: Seconds = 120.0
+    max_wait_seconds: Seconds = 300.0
     announce_seconds: Seconds = 5.0
     shutdown_timeout_seconds: Seconds = 600.0
 

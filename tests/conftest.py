@@ -161,6 +161,9 @@ for _, name in ipairs(timed) do
     redis.call("ZINCRBY", prefix .. ":" .. name, -ms, member)
   end
 end
+for _, key in ipairs(redis.call("KEYS", prefix .. ":holders:*")) do
+  for _, member in ipairs(redis.call("ZRANGE", key, 0, -1)) do redis.call("ZINCRBY", key, -ms, member) end
+end
 if redis.call("EXISTS", prefix .. ":swept") == 1 then
   redis.call("HINCRBY", prefix .. ":swept", "at", -ms)
   redis.call("HINCRBY", prefix .. ":swept", "grace_until", -ms)

@@ -1,6 +1,7 @@
 """The parameters of FLUX.2 [klein], published as a JSON Schema and checked at submission."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -67,3 +68,16 @@ class Params(SizeParams):
             # The model counts rows and columns of photo and output alike: only at the same size, walls stay in place.
             return reference_size(photo_height, photo_width, area)
         return super().output_size(photo_height, photo_width, area)
+
+    @classmethod
+    def reading_sizes(
+        cls,
+        photo_height: int,
+        photo_width: int,
+        area: int,
+        params: Mapping[str, Any],  # noqa: ARG003
+        *,
+        is_first: bool,  # noqa: ARG003
+    ) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, as `SizeParams.reading_sizes` does."""
+        return [reference_size(photo_height, photo_width, area)]

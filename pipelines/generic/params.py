@@ -1,5 +1,6 @@
 """The parameters of any other class of diffusers that edits photos: those of its own call that the entry allows."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, create_model
@@ -66,6 +67,15 @@ class GenericParams(SizeParams):
         if not self.TAKES_SIZE and self.width is not None:
             check_shape(height, width, photo_height, photo_width)
         return height, width
+
+    @classmethod
+    def reading_sizes(
+        cls, photo_height: int, photo_width: int, area: int, params: Mapping[str, Any], *, is_first: bool
+    ) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, as `SizeParams.reading_sizes` does."""
+        if is_first and not cls.TAKES_SIZE:
+            return [(params["height"], params["width"])]
+        return super().reading_sizes(photo_height, photo_width, area, params, is_first=is_first)
 
 
 def check_shape(height: int, width: int, photo_height: int, photo_width: int) -> None:

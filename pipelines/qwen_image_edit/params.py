@@ -1,10 +1,11 @@
 """The parameters of the original Qwen-Image-Edit, published as a JSON Schema and checked at submission."""
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from pydantic import Field
 
-from pipelines.qwen_params import QwenParams
+from pipelines.qwen_params import QwenParams, pipeline_size
 
 
 class Params(QwenParams):
@@ -14,3 +15,16 @@ class Params(QwenParams):
 
     # Of one step, the model's schedule would have to be both start and end: diffusers divides by zero and goes on.
     num_inference_steps: int = Field(default=50, ge=2, le=100, description="Denoising steps; time grows with them.")
+
+    @classmethod
+    def reading_sizes(
+        cls,
+        photo_height: int,
+        photo_width: int,
+        area: int,
+        params: Mapping[str, Any],  # noqa: ARG003
+        *,
+        is_first: bool,  # noqa: ARG003
+    ) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, as `SizeParams.reading_sizes` does."""
+        return [pipeline_size(photo_height, photo_width, area)]

@@ -10,12 +10,9 @@ from PIL import Image
 
 from pipelines.errors import BadInput
 from pipelines.qwen import build_kwargs
-from pipelines.qwen_image_edit_plus.params import Params
+from pipelines.qwen_image_edit_plus.params import CONDITION_AREA, Params
 from pipelines.running import PipelineCall, RunRequest
 from pipelines.sizes import check_photo_size
-
-# At which the text encoder sees a photo; the pipeline's own value, kept for every model trained at more than that.
-CONDITION_AREA = 384 * 384
 
 
 def build_call(pipe: Any, photos: list[Image.Image], request: RunRequest) -> PipelineCall:

@@ -87,6 +87,9 @@ class JobView(View):
     weights_sha256: str | None = Field(
         description="Digest of the weights' manifest: of those that workers had at submission, then of those it ran on."
     )
+    optimizations: dict[str, Any] = Field(
+        description="How its model was run otherwise than its pipeline does by itself; empty before the run."
+    )
     prompt: str
     negative_prompt: str | None
     params: dict[str, Any]
@@ -250,6 +253,7 @@ def view_job(job: Job, sign_output: SignOutput) -> JobView:
         model=job.model,
         model_version=job.model_version,
         weights_sha256=job.weights_sha256,
+        optimizations=job.optimizations,
         prompt=job.prompt,
         negative_prompt=job.negative_prompt,
         params=job.params,

@@ -124,6 +124,7 @@ def parse_job(fields: Mapping[str, str], queue_position: int | None = None) -> J
         inputs=tuple(JobInput(**one) for one in json.loads(fields["inputs"])),
         output_spec=OutputSpec(**request["output_spec"]),
         weights_sha256=fields.get("weights_sha256"),
+        optimizations=json.loads(fields.get("optimizations", "{}")),
         priority=Priority(fields["priority"]),
         status=JobStatus(fields["status"]),
         attempts=int(fields["attempts"]),

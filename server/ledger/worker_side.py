@@ -13,6 +13,7 @@ from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
+from server.eta import RUN
 from server.jobs import Job, JobInput, JobOutput
 from server.ledger.records import dump, parse_job
 from server.ledger.scripts import as_map, script_keys, script_text, unavailable
@@ -21,7 +22,7 @@ from server.settings import RedisSettings
 
 Reply = Literal["ok", "cancelled", "lost", "failed"]
 ANNOUNCED_FOR_SECONDS = 30
-_SCRIPTS = ("claim", "start", "renew", "commit", "fail", "retry", "backlog", "announce")
+_SCRIPTS = ("claim", "start", "renew", "commit", "fail", "retry", "backlog", "place", "announce")
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,27 @@ class Alone:
 
 @dataclass(frozen=True)
 class Backlog:
-    """What waits for one model."""
+    """What waits for one model, and who serves it.
+
+    Attributes:
+        num_ready: jobs that wait to be claimed.
+        oldest_age_seconds: of those.
+        num_others: other workers that hold the model, or are loading it.
+        job_seconds: of a run lately; None: never measured.
+    """
 
     num_ready: int
     oldest_age_seconds: float
+    num_others: int = 0
+    job_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """What waits for each model, as it was at a `version` that `place` compares."""
+
+    version: str
+    models: Mapping[str, Backlog]
 
 
 @dataclass(frozen=True)
@@ -93,29 +111,33 @@ class WorkerLedger:
         self._claiming = threading.Lock()
         # A token that is kept until its answer arrived makes a claim safe to repeat.
         self._claim_token: str | None = None
+        # The models of the last announcement: `leave` takes the worker out of their holders.
+        self._announced: tuple[str, ...] = ()
 
     def _run(self, name: str, *args: object) -> Any:
         with ledger_errors():
             return self._scripts[name](keys=self._keys, args=[*args])  # pyright: ignore[reportArgumentType]
 
-    def claim(self, models: Sequence[str], *, num_held: int) -> Job | Alone | None:
-        """Take the best ready job of `models`, or None when nothing is ready.
+    def claim(self, models: Sequence[str], *, num_held: int, high_only: bool = False) -> Job | Alone | None:
+        """Take the best ready job of `models`, or None when nothing is ready; with `high_only` of that priority alone.
 
         Raises:
             LedgerUnavailable: Redis does not serve; the same claim is repeated by the next call.
         """
         with self._claiming:
             self._claim_token = self._claim_token or uuid.uuid4().hex
-            reply = self._run("claim", self.worker_id, self._claim_token, self._lease_ms, num_held, *models)
+            arguments = (self.worker_id, self._claim_token, self._lease_ms, num_held, int(high_only), *models)
+            reply = self._run("claim", *arguments)
             self._claim_token = None
         kind = reply[0]
         if kind == "job":
             return parse_job(as_map(reply[1:]))
         return Alone() if kind == "alone" else None
 
-    def start(self, job_id: str, fence: int, *, on_device: bool) -> Reply:
-        """Say that the job goes on the device now, or has left it."""
-        return cast("Reply", self._run("start", job_id, fence, int(on_device)))
+    def start(self, job_id: str, fence: int, *, on_device: bool, instead_of: HeldJob | None = None) -> Reply:
+        """Say that the job goes on the device now, or has left it; `instead_of` leaves it in the same moment."""
+        leaving = (instead_of.job_id, instead_of.fence) if instead_of else ()
+        return cast("Reply", self._run("start", job_id, fence, int(on_device), *leaving))
 
     def renew(self, held: Sequence[HeldJob]) -> list[Reply]:
         """Prolong the leases of all held jobs and publish their progress; answers are in the order of `held`."""
@@ -136,15 +158,17 @@ class WorkerLedger:
         inputs: Sequence[JobInput],
         speeds: Mapping[str, float],
         weights_sha256: str | None = None,
+        optimizations: Mapping[str, Any] | None = None,
     ) -> Reply:
         """Make `output` the job's result, once; `lost` or `cancelled` mean that the object is nobody's.
 
-        `weights_sha256` tells what the job ran on, where that is known. `speeds` are what the run tells about the next
-        ones, as `server.eta.measured_speeds` names them.
+        `weights_sha256` tells what the job ran on, where that is known, `optimizations` how its model was run. `speeds`
+        are what the run tells about the next ones, as `server.eta.measured_speeds` names them.
         """
         documents = (asdict(output), dict(timings), dict(params), [asdict(one) for one in inputs])
         measured = (part for pair in speeds.items() for part in pair)
-        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), weights_sha256 or "", *measured))
+        ran_on = (weights_sha256 or "", dump(dict(optimizations)) if optimizations else "")
+        return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), *ran_on, *measured))
 
     def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
         """End the job as failed, or as cancelled when that was asked for."""
@@ -159,13 +183,31 @@ class WorkerLedger:
             "Reply", self._run("retry", job_id, fence, delay_ms, int(counts), code, _encodable(detail), max_errors)
         )
 
-    def backlog(self, models: Sequence[str]) -> dict[str, Backlog]:
-        """Return what waits for each of `models`."""
-        reply: dict[str, list[float]] = json.loads(self._run("backlog", *models)) if models else {}
-        return {
-            model: Backlog(num_ready=int(num_ready), oldest_age_seconds=oldest_ms / 1000)
-            for model, (num_ready, oldest_ms) in reply.items()
-        }
+    def backlog(self, models: Sequence[str]) -> Fleet:
+        """Return what waits for each of `models`, and how many other workers hold it."""
+        version, *replies = json.loads(self._run("backlog", self.worker_id, RUN, *models))
+        return Fleet(
+            version,
+            {
+                model: Backlog(num_ready, oldest_ms / 1000, num_others, None if seconds is False else float(seconds))
+                for model, (num_ready, oldest_ms, num_others, seconds) in zip(models, replies, strict=True)
+            },
+        )
+
+    def place(self, version: str, load: str, evict: Sequence[str] = ()) -> bool:
+        """Say that this worker loads a model, and that others leave its memory, before it begins with either.
+
+        Args:
+            version: as `backlog` told it.
+            load: the model.
+            evict: those that leave.
+
+        Returns:
+            False where another worker has placed a model meanwhile: look at the backlog again.
+        """
+        token = uuid.uuid4().hex
+        arguments = (self.worker_id, token, version, ANNOUNCED_FOR_SECONDS * 1000, load, *evict)
+        return self._run("place", *arguments) == "placed"
 
     def announce(self, status: WorkerStatus) -> None:
         """Tell the API what this worker serves; forgotten after `ANNOUNCED_FOR_SECONDS` without another call."""
@@ -175,13 +217,20 @@ class WorkerLedger:
             for model, one in status.models.items()
             if one.ready and one.weights_sha256
         }
-        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, dump(weights), *fields)
+        holds = {
+            model: model == status.loading or (one.resident and model not in status.leaving)
+            for model, one in status.models.items()
+        }
+        self._announced = tuple(holds)
+        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, dump(weights), dump(holds), *fields)
 
     def leave(self) -> None:
         """Take the announcement back, as the last act of a worker that stops in order."""
         with ledger_errors(), cast("Any", self._client).pipeline(transaction=True) as pipe:
             pipe.delete(f"{self._prefix}:worker:{self.worker_id}", f"{self._prefix}:worker:{self.worker_id}:claim")
             pipe.srem(f"{self._prefix}:workers", self.worker_id)
+            for model in self._announced:
+                pipe.zrem(f"{self._prefix}:holders:{model}", self.worker_id)
             pipe.execute()
 
     def control_position(self) -> str:

@@ -11,8 +11,8 @@ from server.queue import create_broker, declare_ring, queue_name
 from server.settings import RedisSettings
 
 # How long a queue may be asleep: the upper bound of what a bell waits. Each look writes a heartbeat, which Redis puts
-# on disk, so looking much more often would cost an idle server more than it gains.
-POLL_MILLISECONDS = 200
+# on disk, and costs both a little for each model. Nobody waits for it where the control stream is heard, so it is rare.
+POLL_MILLISECONDS = 1000
 STOP_MILLISECONDS = 5000
 
 

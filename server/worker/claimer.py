@@ -1,8 +1,8 @@
-"""Keeps the hand full: claims jobs of the resident models, and asks for another model when its jobs have waited."""
+"""Keeps the hand full: claims jobs of the resident models, and has it planned which these should be."""
 
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from typing import Literal
 
 from server.errors import LedgerUnavailable
 from server.jobs import Job
@@ -10,12 +10,16 @@ from server.ledger.worker_side import Alone, WorkerLedger
 from server.settings import WorkerSettings
 from server.worker.hand import Hand
 from server.worker.patience import LONGEST_DELAY_SECONDS, Outage
-from server.worker.placement import Swap, choose_swap
+from server.worker.planner import Planner
 from server.worker.residency import Residency
+
+Place = Literal["for_any", "for_high"]
 
 
 class Claimer:
-    """Claims while there is room in the hand: after each bell, each job that leaves, and now and then unasked.
+    """Claims while there is room in the hand: when told of ready jobs, when one leaves the device, and now and then.
+
+    Jobs that have left the device and are only stored take no room, as long as the stage threads keep up with them.
 
     Args:
         ledger: hands out the jobs.
@@ -25,7 +29,7 @@ class Claimer:
         settings: of the worker.
         awake: set by whoever knows of something to do.
         take: starts the work on a job.
-        request_swap: asks the lane for other models in memory.
+        planner: says which models leave memory, and is asked again and again.
     """
 
     def __init__(
@@ -38,7 +42,7 @@ class Claimer:
         settings: WorkerSettings,
         awake: threading.Event,
         take: Callable[[Job], None],
-        request_swap: Callable[[Swap], None],
+        planner: Planner,
     ) -> None:
         self._ledger = ledger
         self._outage = outage
@@ -47,18 +51,20 @@ class Claimer:
         self._settings = settings
         self._awake = awake
         self._take = take
-        self._request_swap = request_swap
+        self._planner = planner
         self._stopping = threading.Event()
         self._must_be_alone = False
-        # A swap is decided here and done by the lane, once no job in hand needs the model that goes.
-        self._decided: Swap | None = None
-        self._requested = False
-        self._next_plan_at = 0.0
 
     def stop(self) -> None:
         """Claim no more; a claim under way may still bring a job."""
         self._stopping.set()
         self._awake.set()
+
+    def note_ready(self, models: Collection[str], has_high: bool) -> None:
+        """Hear that jobs of these models have become ready; a full hand has a place for `high` ones only."""
+        has_place = has_high or len(self._hand.to_run()) < self._settings.max_held_jobs
+        if has_place and (set(models) & set(self._models_to_claim()) or self._planner.may_want(models)):
+            self._awake.set()
 
     def run(self) -> None:
         """Claim until `stop`."""
@@ -66,7 +72,7 @@ class Claimer:
         while not self._stopping.is_set():
             try:
                 self._fill_hand()
-                self._plan_models()
+                self._planner.plan()
             except LedgerUnavailable as error:
                 self._outage.note(error)
                 pause_seconds = min(2 * pause_seconds, LONGEST_DELAY_SECONDS)
@@ -76,8 +82,10 @@ class Claimer:
             self._awake.clear()
 
     def _fill_hand(self) -> None:
-        while self._may_claim():
-            answer = self._ledger.claim(self._models_to_claim(), num_held=len(self._hand))
+        while (place := self._free_place()) is not None:
+            answer = self._ledger.claim(
+                self._models_to_claim(), num_held=len(self._hand), high_only=place == "for_high"
+            )
             self._outage.over()
             # The next job is suspected of killing workers: it is claimed with an empty hand, and has it to itself.
             self._must_be_alone = isinstance(answer, Alone)
@@ -85,29 +93,22 @@ class Claimer:
                 return
             self._take(answer)
 
-    def _may_claim(self) -> bool:
+    def _free_place(self) -> Place | None:
         if self._stopping.is_set() or not self._models_to_claim():
-            return False
+            return None
         if self._must_be_alone or self._hand.holds_suspect():
-            return len(self._hand) == 0
-        return len(self._hand) < self._settings.max_held_jobs
+            return "for_any" if len(self._hand) == 0 else None
+        num_to_run = len(self._hand.to_run())
+        num_to_store = len(self._hand) - num_to_run
+        if num_to_run < self._settings.max_held_jobs and num_to_store < self._settings.stage_threads:
+            return "for_any"
+        # A full hand has one place more, so that a `high` job need not wait for the end of a run.
+        if num_to_run <= self._settings.max_held_jobs and num_to_store <= self._settings.stage_threads:
+            return "for_high"
+        return None
 
     def _models_to_claim(self) -> list[str]:
-        leaving = self._decided.evict if self._decided else None
-        return [model for model in self._residency.resident if model != leaving]
-
-    def _plan_models(self) -> None:
-        resident, usable = self._residency.resident, self._residency.usable
-        if self._decided and self._requested and (self._decided.load in resident or self._decided.load not in usable):
-            self._decided, self._requested = None, False
-        if self._decided is None and time.monotonic() >= self._next_plan_at and any(m not in resident for m in usable):
-            self._next_plan_at = time.monotonic() + self._settings.poll_seconds
-            self._decided = choose_swap(
-                self._ledger.backlog(usable),
-                resident,
-                capacity=self._settings.max_resident_models,
-                max_wait_seconds=self._settings.max_wait_seconds,
-            )
-        if self._decided and not self._requested and self._decided.evict not in self._hand.models():
-            self._requested = True
-            self._request_swap(self._decided)
+        if not self._residency.has_started or self._residency.is_preloading:
+            return []  # the lane loads: other workers may be free
+        decided = self._planner.decided
+        return [model for model in self._residency.resident if decided is None or model not in decided.evict]

@@ -1,6 +1,7 @@
-"""Hears what the API tells all workers: a cancelled job stops before its next step, not at the next renewal."""
+"""Hears what the API tells all workers: a job is ready, or has been cancelled and stops before its next step."""
 
 import threading
+from collections.abc import Callable, Collection
 
 import structlog
 
@@ -13,19 +14,29 @@ log = structlog.stdlib.get_logger()
 
 
 class ControlReader:
-    """Reads the control stream. A message that is missed comes with the next renewal instead.
+    """Reads the control stream. What is missed comes later: a cancel with the next renewal, ready jobs with a bell.
 
     Args:
         ledger: with a client of its own, since the calls block.
         outage: of the ledger.
         hand: the jobs that may be concerned.
+        on_ready: called when jobs have become ready, with their models, and whether one is `high`; returns at once.
         block_seconds: how long one call may wait; less than the client's timeout.
     """
 
-    def __init__(self, ledger: WorkerLedger, outage: Outage, hand: Hand, *, block_seconds: float) -> None:
+    def __init__(
+        self,
+        ledger: WorkerLedger,
+        outage: Outage,
+        hand: Hand,
+        *,
+        on_ready: Callable[[Collection[str], bool], None],
+        block_seconds: float,
+    ) -> None:
         self._ledger = ledger
         self._outage = outage
         self._hand = hand
+        self._on_ready = on_ready
         self._block_seconds = block_seconds
         self._stopping = threading.Event()
         self._position: str | None = None
@@ -51,3 +62,5 @@ class ControlReader:
             if message.get("type") == "cancel":
                 for in_hand in self._hand.find(message["job_id"]):
                     in_hand.cancelled = True
+            elif message.get("type") == "ready":
+                self._on_ready(message.get("models", "").split(","), message.get("high") == "1")

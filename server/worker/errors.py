@@ -11,3 +11,7 @@ class ModelChanged(Exception):
 
 class ModelUnavailable(Exception):
     """Raised when a job needs a model that this worker cannot load; another worker may."""
+
+
+class MemoryInPieces(Exception):
+    """Raised when a run ended for want of memory in which one as large has fitted before: another try may do better."""

@@ -24,12 +24,14 @@ class JobInHand:
         params: final values, known once the photos are.
         inputs: as they really are: true height, width and sha256.
         weights_sha256: of the weights that it runs on, where that is known.
+        optimizations: how its model is run otherwise than its pipeline does by itself.
         timings: seconds, by phase.
         device_seconds: time on the device so far.
         step: number of steps done; None until the run has begun.
         cancelled: somebody asked for its end.
         lost: the lease is not ours any more.
         abandoned: the process ends without it.
+        has_left_device: its run has ended, well or not; what is left is to store and to tell.
     """
 
     job: Job
@@ -38,6 +40,7 @@ class JobInHand:
     params: dict[str, Any] = field(default_factory=dict[str, Any])
     inputs: tuple[JobInput, ...] = ()
     weights_sha256: str | None = None
+    optimizations: dict[str, Any] = field(default_factory=dict[str, Any])
     timings: dict[str, float] = field(default_factory=dict[str, float])
     device_seconds: float = 0.0
     step: int | None = None
@@ -45,6 +48,7 @@ class JobInHand:
     cancelled: bool = False
     lost: bool = False
     abandoned: bool = False
+    has_left_device: bool = False
 
     def check(self) -> None:
         """Return if the work on the job is still wanted.
@@ -133,9 +137,13 @@ class Hand:
         """Whether a job is in hand that must run alone."""
         return any(one.job.suspect for one in self.jobs())
 
+    def to_run(self) -> list[JobInHand]:
+        """Return the jobs that have not left the device yet, in the order of their claims."""
+        return [one for one in self.jobs() if not one.has_left_device]
+
     def models(self) -> set[str]:
-        """Return the models that the jobs in hand need."""
-        return {one.job.model for one in self.jobs()}
+        """Return the models that the jobs in hand still need."""
+        return {one.job.model for one in self.to_run()}
 
     def wait_empty(self, timeout_seconds: float) -> bool:
         """Wait until no job is left; returns whether that came in time."""

@@ -1,10 +1,10 @@
 """The one thread that runs torch: it takes the best job one step further, again and again."""
 
-import os
+import gc
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import structlog
 import torch
@@ -12,47 +12,25 @@ from PIL import Image
 
 from pipelines.errors import DeadlineExceeded, OutOfMemory
 from pipelines.loading import LoadedModel
-from pipelines.running import LoraChoice, Run, RunRequest
 from server.errors import LedgerUnavailable
-from server.jobs import Priority
 from server.ledger.worker_side import Reply, WorkerLedger
 from server.settings import WorkerSettings
-from server.worker.device import device_works
-from server.worker.hand import JobInHand
+from server.worker.device import cpu_threads, end_if_lost
+from server.worker.errors import MemoryInPieces
+from server.worker.hand import JobInHand, as_held
+from server.worker.lane_job import LaneJob
 from server.worker.patience import Outage
 from server.worker.placement import Swap
+from server.worker.policy import choose
 from server.worker.residency import Residency
 from server.worker.run_job import failure_of, is_expected
-from server.worker.watchdog import watchdog
+from server.worker.watchdog import arm, disarm, watchdog
+from server.worker.wear import Wear
 
-EXIT_DEVICE_LOST = 5
-_RANK = {priority: rank for rank, priority in enumerate(Priority)}
+# A load cannot be interrupted: before each that nobody waits for, the claimer gets so long to bring jobs.
+PRELOAD_PAUSE_SECONDS = 0.5
 
 log = structlog.stdlib.get_logger()
-
-
-@dataclass(eq=False)
-class LaneJob:
-    """A job whose photos are ready. `run` is None until its first step and again when it must start anew."""
-
-    in_hand: JobInHand
-    run: Run | None = None
-    had_room: bool = False
-
-    @property
-    def model(self) -> tuple[str, str]:
-        """Which weights it needs in memory."""
-        return self.in_hand.job.model, self.in_hand.job.model_version
-
-
-def choose(jobs: Sequence[LaneJob]) -> LaneJob:
-    """Return the job to take further: the highest priority, then the one under way, then the first claimed.
-
-    LoRAs change the model itself, for all of its runs: a job that wants others waits until no run needs those.
-    """
-    under_way = {job.model: job.in_hand.job.loras for job in jobs if job.run is not None}
-    may_run = [job for job in jobs if under_way.get(job.model, job.in_hand.job.loras) == job.in_hand.job.loras]
-    return min(may_run, key=lambda one: (_RANK[one.in_hand.job.priority], one.run is None, one.in_hand.order))
 
 
 class Lane:
@@ -66,6 +44,7 @@ class Lane:
         device: as torch names it.
         on_image: gets a job and its image, when the run has ended well.
         on_failure: gets a job and what ended its run.
+        on_worn_out: called when only another process can use the device's memory again.
     """
 
     def __init__(
@@ -78,31 +57,61 @@ class Lane:
         device: str,
         on_image: Callable[[JobInHand, Image.Image], None],
         on_failure: Callable[[JobInHand, Exception], None],
+        on_worn_out: Callable[[], None],
     ) -> None:
         self._residency = residency
         self._ledger = ledger
         self._outage = outage
         self._settings = settings
         self._device = device
+        self._num_threads = cpu_threads(settings.torch_threads, device)
         self._on_image = on_image
         self._on_failure = on_failure
+        self._on_worn_out = on_worn_out
         self._changed = threading.Condition()
         self._arrived: list[LaneJob] = []
         self._swap: Swap | None = None
+        self._check: str | None = None
         self._stopping = False
         self._jobs: list[LaneJob] = []
+        self._is_preloading = True
+        # What the ledger was last told; the job may have ended since.
         self._on_device: LaneJob | None = None
+        self._wear = Wear()
+        self._busy_seconds = 0.0
+        # Whose run the watchdog ends the process for. It stays armed while the run goes on without a pause,
+        # since arming it costs more than all else between two steps.
+        self._watched: LaneJob | None = None
+        self._to_hand_over: list[Callable[[], None]] = []
+        residency.let_go = self._drop_runs_of
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long runs have had the device, since the process began."""
+        return self._busy_seconds
+
+    @property
+    def current(self) -> JobInHand | None:
+        """The job whose run has the device."""
+        job = self._on_device
+        return job.in_hand if job and job.run else None
 
     def submit(self, in_hand: JobInHand) -> None:
         """Give the lane a job whose photos are decoded."""
         with self._changed:
-            self._arrived.append(LaneJob(in_hand))
+            self._arrived.append(LaneJob(in_hand, is_exclusive=self._residency.is_exclusive(in_hand.job.model)))
             self._changed.notify_all()
 
     def request_swap(self, swap: Swap) -> None:
         """Ask for other models in memory; done between jobs."""
         with self._changed:
             self._swap = swap
+            self._changed.notify_all()
+
+    def request_check(self, name: str) -> None:
+        """Ask for another look at a model that was refused; done between jobs."""
+        with self._changed:
+            self._check = name
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -112,80 +121,152 @@ class Lane:
             self._changed.notify_all()
 
     def run(self) -> None:
-        """Load what fits, then work until `stop`."""
-        if self._settings.torch_threads is not None:
-            torch.set_num_threads(self._settings.torch_threads)
+        """Load a model, then work until `stop`; further ones that fit are loaded while there is nothing to do."""
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)
         self._residency.check_all()
         self._residency.preload()
+        _set_garbage_aside()
         while self._wait_for_work():
             self._drop_unwanted()
             if swap := self._take_swap():
-                self._residency.swap(swap)
+                self._swap_models(swap)
+            elif name := self._take_check():
+                self._clear_device()
+                self._residency.check_again(name)
             elif self._jobs:
-                self._advance(choose(self._jobs))
+                self._advance(self._choose())
+            elif self._is_preloading:
+                self._preload_next()
         for job in self._jobs:
             self._drop_run(job)
+        self._clear_device()
 
     def _wait_for_work(self) -> bool:
+        if not self._jobs and not self._arrived:
+            self._clear_device()
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._jobs or self._arrived or self._swap)
+            self._changed.wait_for(
+                lambda: self._stopping or self._jobs or self._arrived or self._swap or self._check,
+                PRELOAD_PAUSE_SECONDS if self._is_preloading else None,
+            )
             self._jobs += self._arrived
             self._arrived.clear()
             return not self._stopping
+
+    def _preload_next(self) -> None:
+        self._clear_device()
+        num_loaded = len(self._residency.loaded)
+        self._is_preloading = self._residency.preload_next()
+        if len(self._residency.loaded) != num_loaded:
+            _set_garbage_aside()
 
     def _drop_unwanted(self) -> None:
         for job in [one for one in self._jobs if one.in_hand.is_flagged]:
             self._end(job, failure_of(job.in_hand.check))
 
+    def _choose(self) -> LaneJob:
+        # One that ran out of memory has the device to itself the second time, whoever comes meanwhile.
+        alone = [job for job in self._jobs if job.had_room and job.run]
+        return alone[0] if alone else choose(self._jobs, max_wait_seconds=self._settings.max_wait_seconds)
+
+    def _goes_on(self) -> bool:
+        """Tell whether the next step is not a run's first: what is only set aside can wait for a change of models."""
+        return bool(self._jobs) and self._choose().run is not None
+
     def _take_swap(self) -> Swap | None:
-        if any(job.run for job in self._jobs):
+        if self._swap is None or self._goes_on():
             return None
         with self._changed:
             swap, self._swap = self._swap, None
         return swap
 
+    def _take_check(self) -> str | None:
+        if self._check is None or self._goes_on():
+            return None
+        with self._changed:
+            name, self._check = self._check, None
+        return name
+
+    def _swap_models(self, swap: Swap) -> None:
+        self._clear_device()
+        self._residency.swap(swap)
+        _set_garbage_aside()
+
     def _advance(self, job: LaneJob) -> None:
+        started = time.monotonic()
         error = failure_of(lambda: self._step(job))
-        if error is not None and not is_expected(error) and not device_works(self._device):
-            log.critical("device.lost", device=self._device, job=job.in_hand.job.id, exc_info=error)
-            os._exit(EXIT_DEVICE_LOST)  # only another process can use the device again; the lease brings the job back
+        for other in self._jobs:
+            if other is not job:
+                other.waited_seconds += time.monotonic() - started
+        if error is not None and (isinstance(error, OutOfMemory) or not is_expected(error)):
+            end_if_lost(self._device, error, limit_seconds=self._settings.step_grace_seconds)
         if isinstance(error, OutOfMemory) and not job.had_room:
             error = None  # its frames hold tensors
             self._make_room(job)
         elif error is not None or (job.run and job.run.image):
-            self._end(job, error)
+            self._end(job, self._judge_memory(job, error))
 
     def _step(self, job: LaneJob) -> None:
         in_hand, settings = job.in_hand, self._settings
         in_hand.check()
         if in_hand.device_seconds > settings.job_timeout_seconds:
             raise DeadlineExceeded(f"The job took more than {settings.job_timeout_seconds:g} s on the device.")
-        name = self._residency.name_of(in_hand.job)
-        model = self._residency.require(name)
-        self._residency.check_same_weights(in_hand.job, name)
-        in_hand.weights_sha256 = self._residency.weights_sha256(name)
+        model = self._require(job)
         self._put_on_device(job)
         started = time.monotonic()
         try:
             self._run_step(job, model)
         finally:
-            in_hand.device_seconds += time.monotonic() - started
+            seconds = time.monotonic() - started
+            in_hand.device_seconds += seconds
+            self._busy_seconds += seconds
+
+    def _require(self, job: LaneJob) -> LoadedModel:
+        in_hand = job.in_hand
+        name = self._residency.name_of(in_hand.job)
+        if name not in self._residency.loaded:
+            self._clear_device()  # should the load end the process, no job is to blame
+            model = self._residency.require(name)
+            _set_garbage_aside()
+        else:
+            model = self._residency.require(name)
+        if job.run is None:
+            self._admit(job, name)
+        self._residency.check_same_weights(in_hand.job, name)
+        in_hand.weights_sha256 = self._residency.weights_sha256(name)
+        return model
+
+    def _admit(self, job: LaneJob, name: str) -> None:
+        if job.had_room:
+            self._empty_device_for(name)  # others may have come since
+            return
+        params, num_loaded = job.in_hand.params, len(self._residency.loaded)
+        num_photos = len(job.in_hand.photos)
+        self._residency.make_room(name, height=params["height"], width=params["width"], num_photos=num_photos)
+        if len(self._residency.loaded) < num_loaded:
+            _set_garbage_aside()
 
     def _run_step(self, job: LaneJob, model: LoadedModel) -> None:
-        in_hand, settings = job.in_hand, self._settings
+        in_hand = job.in_hand
+        self._watch(job)
         if job.run is None:
-            request = RunRequest(
-                prompt=in_hand.job.prompt,
-                negative_prompt=in_hand.job.negative_prompt,
-                params=in_hand.params,
-                area=model.spec.area,
-                loras=tuple(LoraChoice(lora["id"], lora["scale"]) for lora in in_hand.job.loras),
-            )
-            job.run = model.start(in_hand.photos, request, num_threads=settings.torch_threads)
-        remaining_seconds = max(0.0, settings.job_timeout_seconds - in_hand.device_seconds)
-        with watchdog(remaining_seconds + settings.step_grace_seconds):
-            job.run.advance()
+            in_hand.optimizations = model.spec.optimizations.applied
+            job.run = model.start(in_hand.photos, job.request(model.spec.area), num_threads=self._num_threads)
+        self._hand_over()
+        job.run.advance()
         in_hand.step, in_hand.total_steps = job.run.step, job.run.total_steps
+
+    def _watch(self, job: LaneJob) -> None:
+        if self._watched is not job:
+            remaining_seconds = max(0.0, self._settings.job_timeout_seconds - job.in_hand.device_seconds)
+            arm(remaining_seconds + self._settings.step_grace_seconds)
+            self._watched = job
+
+    def _watch_nobody(self) -> None:
+        if self._watched is not None:
+            self._watched = None
+            disarm()
 
     def _end(self, job: LaneJob, error: Exception | None) -> None:
         image = job.run.image if job.run else None
@@ -194,44 +275,92 @@ class Lane:
         in_hand = job.in_hand
         in_hand.photos = []
         in_hand.timings["run"] = round(in_hand.device_seconds, 3)
+        in_hand.has_left_device = True
         if image is not None and error is None:
-            self._on_image(in_hand, image)
+            self._to_hand_over.append(partial(self._on_image, in_hand, image))
         elif error is not None:
-            self._on_failure(in_hand, error)
+            self._to_hand_over.append(partial(self._on_failure, in_hand, error))
+
+    def _hand_over(self) -> None:
+        """Pass on what has ended. The threads that are woken by it take the processor from the next run's start."""
+        ends, self._to_hand_over = self._to_hand_over, []
+        for end in ends:
+            end()
 
     def _make_room(self, job: LaneJob) -> None:
         log.warning("device.full", device=self._device, job=job.in_hand.job.id, model=job.in_hand.job.model)
         job.had_room = True
+        self._empty_device_for(self._residency.name_of(job.in_hand.job))
+
+    def _empty_device_for(self, name: str) -> None:
         for one in self._jobs:
             self._drop_run(one)
-        self._residency.evict_others(self._residency.name_of(job.in_hand.job))
+        self._residency.evict_others(name)
+        _set_garbage_aside()  # what the failed run left behind holds memory too
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _judge_memory(self, job: LaneJob, error: Exception | None) -> Exception | None:
+        """Learn from a run's end; one that did not fit where one as large did is no fault of the job's."""
+        if error is not None and not isinstance(error, OutOfMemory):
+            return error
+        model = job.in_hand.job.model
+        if error is None:
+            self._wear.note_fit(model, job.num_pixels)
+            return None
+        if not self._wear.note_failure(model, job.num_pixels):
+            return error
+        if self._wear.is_worn_out:
+            log.critical("device.worn_out", device=self._device, model=model)
+            self._on_worn_out()
+        return MemoryInPieces(str(error))
 
     def _drop_run(self, job: LaneJob) -> None:
-        self._take_off_device(job)
-        if job.run:
+        if job.run and self._watched is job:
             job.run.close()
-            job.run = None
+        elif job.run:
+            self._watch_nobody()
+            with watchdog(self._settings.step_grace_seconds):
+                job.run.close()
+        self._watch_nobody()
+        job.run = None
+
+    def _drop_runs_of(self, name: str) -> None:
+        """Close the runs of a model that leaves memory, which they would keep; they begin anew."""
+        for job in self._jobs:
+            if job.run and self._residency.name_of(job.in_hand.job) == name:
+                self._drop_run(job)
 
     def _put_on_device(self, job: LaneJob) -> None:
         if self._on_device is job:
             return
-        if self._on_device:
-            self._take_off_device(self._on_device)
-        in_hand = job.in_hand
+        # While the answer is not there, nobody knows who it is.
+        in_hand, before, self._on_device = job.in_hand, self._on_device, None
+        self._watch_nobody()
+        leaving = as_held(before.in_hand) if before else None
         reply: Reply = self._outage.outwait(
-            lambda: self._ledger.start(in_hand.job.id, in_hand.job.fence, on_device=True), check=in_hand.check
+            lambda: self._ledger.start(in_hand.job.id, in_hand.job.fence, on_device=True, instead_of=leaving),
+            check=in_hand.check,
         )
+        self._on_device = job
         in_hand.note(reply)
         in_hand.check()
-        self._on_device = job
 
-    def _take_off_device(self, job: LaneJob) -> None:
-        if self._on_device is not job:
+    def _clear_device(self) -> None:
+        """Say that no job is on the device; while another goes on at once, that says it too."""
+        job, self._on_device = self._on_device, None
+        self._watch_nobody()
+        self._hand_over()
+        if job is None:
             return
-        self._on_device = None
-        in_hand = job.in_hand
         try:
-            in_hand.note(self._ledger.start(in_hand.job.id, in_hand.job.fence, on_device=False))
+            job.in_hand.note(self._ledger.start(job.in_hand.job.id, job.in_hand.job.fence, on_device=False))
         except LedgerUnavailable as error:
             # Not worth waiting for: at worst the job runs alone once, should this process die before it is settled.
             self._outage.note(error)
+
+
+def _set_garbage_aside() -> None:
+    """Keep the collector off all that is there now: a look at everything would take tenths of a second of some run."""
+    gc.collect()
+    gc.freeze()

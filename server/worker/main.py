@@ -10,26 +10,29 @@ import os
 
 # Read when the libraries below are imported: weights are local, and nothing may ask the network for them.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Photos of all sizes leave holes of all sizes: segments that can grow keep them usable. Either name is the operator's.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ and "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 import faulthandler
 import queue
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from types import FrameType
 from typing import Literal
 
 import structlog
+from PIL import Image
 
-from pipelines.weights import LoraSpec, ModelSpec
 from server.errors import LedgerUnavailable
 from server.jobs import Job
-from server.ledger.status import WorkerStatus
+from server.ledger.status import CurrentJob, WorkerStatus
 from server.ledger.worker_side import WorkerLedger, connect
 from server.logs import configure_logging
 from server.registry import Registry, load_registry
@@ -39,40 +42,54 @@ from server.worker.announcing import Announcer
 from server.worker.bells import Bells
 from server.worker.claimer import Claimer
 from server.worker.control import ControlReader
-from server.worker.hand import Hand
+from server.worker.decoding import Decoders
+from server.worker.hand import Hand, JobInHand
 from server.worker.lane import Lane
 from server.worker.patience import Outage
+from server.worker.planner import Planner
 from server.worker.renewing import Renewer
 from server.worker.residency import Residency
 from server.worker.run_job import JobRunner
+from server.worker.specs import model_specs
 
 EXIT_OK = 0
 EXIT_NO_MODELS = 3
 EXIT_THREAD_DIED = 4
+EXIT_DEVICE_WORN_OUT = 6
+# After so long a thread in Python code gives way to the lane, which it would otherwise keep from its device.
+SWITCH_SECONDS = 0.001
 # What threads get to notice that the process ends.
 FAREWELL_SECONDS = 4.0
 
-Order = Literal["stop", "no_models"]
+Order = Literal["stop", "no_models", "device_worn_out"]
+_EXIT_STATUS: Mapping[Order, int] = {
+    "stop": EXIT_OK,
+    "no_models": EXIT_NO_MODELS,
+    "device_worn_out": EXIT_DEVICE_WORN_OUT,
+}
 
 log = structlog.stdlib.get_logger()
 
 
-def run_worker(settings: Settings, device: str | None = None) -> int:
+def run_worker(settings: Settings, decoders: Decoders, device: str | None = None) -> int:
     """Serve jobs on one device until SIGTERM or SIGINT; to be called from the main thread.
 
     The first signal lets the jobs in hand finish, the second gives them back.
 
     Args:
         settings: of the whole server.
+        decoders: made before this module was imported, which brings torch; closed at the end.
         device: as torch names it; `worker.device` when left out.
 
     Returns:
-        The exit status: 0 after a signal, 3 when no model can be served.
+        The exit status: 0 after a signal, 3 when no model can be served, 6 when jobs do not fit any more that did. (A
+        device that is lost ends the process with 5, a thread that dies with 4, the watchdog with 1.)
     """
     configure_logging(settings.log)
     faulthandler.enable()
+    sys.setswitchinterval(SWITCH_SECONDS)
     threading.excepthook = _end_for_thread
-    worker = Worker(settings, load_registry(settings), device or settings.worker.device)
+    worker = Worker(settings, load_registry(settings), decoders, device or settings.worker.device)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, worker.ask_to_stop)
     return worker.run()
@@ -81,9 +98,10 @@ def run_worker(settings: Settings, device: str | None = None) -> int:
 class Worker:
     """All parts of the process, wired."""
 
-    def __init__(self, settings: Settings, registry: Registry, device: str) -> None:
+    def __init__(self, settings: Settings, registry: Registry, decoders: Decoders, device: str) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
         self._settings = settings
+        self._decoders = decoders
         self._device = device
         # The one queue whose `put` may interrupt itself: signals arrive in the middle of anything.
         self._orders: queue.SimpleQueue[Order] = queue.SimpleQueue()
@@ -97,8 +115,11 @@ class Worker:
             model_specs(settings, registry),
             device=device,
             capacity=settings.worker.max_resident_models,
+            memory_bytes=settings.worker.memory_bytes,
             load_timeout_seconds=settings.worker.load_timeout_seconds,
+            retry_seconds=settings.worker.model_retry_seconds,
             on_change=self._models_changed,
+            in_hand=self._hand.models,
         )
         self._runner = JobRunner(
             registry=registry,
@@ -108,7 +129,7 @@ class Worker:
             store_outage=Outage("store"),
             ledger_outage=self._ledger_outage,
             settings=settings.worker,
-            max_image_pixels=settings.limits.max_image_pixels,
+            decoders=decoders,
             pool=self._pool,
             on_bug=_end_for_bug,
         )
@@ -118,8 +139,18 @@ class Worker:
             self._ledger_outage,
             settings=settings.worker,
             device=device,
-            on_image=self._runner.finish,
-            on_failure=self._runner.fail,
+            on_image=self._finish,
+            on_failure=self._fail,
+            on_worn_out=lambda: self._orders.put("device_worn_out"),
+        )
+        self._planner = Planner(
+            self._ledger,
+            self._hand,
+            self._residency,
+            settings=settings.worker,
+            request_swap=self._lane.request_swap,
+            request_check=self._lane.request_check,
+            on_change=self._placement_changed,
         )
         self._claimer = Claimer(
             self._ledger,
@@ -129,7 +160,7 @@ class Worker:
             settings=settings.worker,
             awake=self._work_awaits,
             take=self._take,
-            request_swap=self._lane.request_swap,
+            planner=self._planner,
         )
         self._bells = Bells(settings.redis, registry.ids, on_ring=self._work_awaits.set)
         self._renewer = Renewer(
@@ -139,6 +170,7 @@ class Worker:
             self._make_ledger(),
             self._ledger_outage,
             self._hand,
+            on_ready=self._claimer.note_ready,
             block_seconds=min(1.0, settings.redis.timeout_seconds / 2),
         )
         self._announcer = Announcer(
@@ -148,6 +180,7 @@ class Worker:
             interval_seconds=settings.worker.announce_seconds,
         )
         self._threads: dict[str, threading.Thread] = {}
+        self._is_stopping = False
 
     def ask_to_stop(self, signum: int, frame: FrameType | None) -> None:  # noqa: ARG002 (a signal handler)
         """Take a signal: nothing is done here but to pass it on."""
@@ -164,13 +197,13 @@ class Worker:
         self._bells.start()
         order = self._orders.get()
         log.info("worker.stopping", worker=self.id, reason=order, held_jobs=len(self._hand))
-        self._finish_jobs()
-        self._stop_threads(leave=order == "stop")
+        self._finish_jobs(may_run=order != "device_worn_out")
+        self._stop_threads(order)
         if order == "no_models":
             log.critical("worker.useless", worker=self.id, detail="no enabled model can be loaded; see model.refused")
-            return EXIT_NO_MODELS
-        log.info("worker.stopped", worker=self.id)
-        return EXIT_OK
+        else:
+            log.info("worker.stopped", worker=self.id)
+        return _EXIT_STATUS[order]
 
     def _start(self, name: str, run: Callable[[], None]) -> None:
         # Daemons: a thread that does not end must not keep the process.
@@ -178,19 +211,25 @@ class Worker:
         self._threads[name] = thread
         thread.start()
 
-    def _finish_jobs(self) -> None:
+    def _finish_jobs(self, *, may_run: bool) -> None:
         self._claimer.stop()
-        self._bells.stop()
         self._threads["claimer"].join()
+        # Before the bells, which take a second to fall silent: others may load these models meanwhile.
+        self._is_stopping = True
+        self._announcer.wake()
+        self._bells.stop()
+        if not may_run:
+            self._give_back(self._hand.to_run())
+            return
         deadline = time.monotonic() + self._settings.worker.shutdown_timeout_seconds
         while not self._hand.wait_empty(0.1):
             if time.monotonic() > deadline or not self._orders.empty():
-                self._give_back()
+                self._give_back(self._hand.jobs())
                 return
 
-    def _give_back(self) -> None:
-        log.warning("worker.giving_back", worker=self.id, held_jobs=len(self._hand))
-        for in_hand in self._hand.jobs():
+    def _give_back(self, jobs: Sequence[JobInHand]) -> None:
+        log.warning("worker.giving_back", worker=self.id, held_jobs=len(jobs))
+        for in_hand in jobs:
             in_hand.abandoned = True
             try:
                 self._ledger.retry(
@@ -206,13 +245,13 @@ class Worker:
                 self._ledger_outage.note(error)  # the lease brings the job back
         self._hand.wait_empty(FAREWELL_SECONDS)
 
-    def _stop_threads(self, *, leave: bool) -> None:
+    def _stop_threads(self, order: Order) -> None:
         for part in (self._lane, self._control, self._renewer, self._announcer):
             part.stop()
         deadline = time.monotonic() + FAREWELL_SECONDS
         for thread in self._threads.values():
             thread.join(max(0.0, deadline - time.monotonic()))
-        if leave:
+        if order != "no_models":
             try:
                 self._ledger.leave()
             except LedgerUnavailable as error:
@@ -223,8 +262,9 @@ class Worker:
         if busy or len(self._hand):
             # In a load, a step or a transfer that cannot be interrupted; nothing is left to be done for them.
             log.warning("worker.left_threads", worker=self.id, threads=busy, held_jobs=len(self._hand))
-            os._exit(EXIT_OK if leave else EXIT_NO_MODELS)
+            os._exit(_EXIT_STATUS[order])
         self._pool.shutdown()
+        self._decoders.close()
         self._store.close()
 
     def _take(self, job: Job) -> None:
@@ -232,19 +272,41 @@ class Worker:
         log.info("job.claimed", job=job.id, model=job.model, attempt=job.attempts, suspect=job.suspect)
         self._runner.begin(in_hand, self._lane.submit)
 
+    def _finish(self, in_hand: JobInHand, image: Image.Image) -> None:
+        self._runner.finish(in_hand, image)
+        self._work_awaits.set()  # there is room for the next
+
+    def _fail(self, in_hand: JobInHand, error: Exception) -> None:
+        self._runner.fail(in_hand, error)
+        self._work_awaits.set()
+
     def _models_changed(self) -> None:
         self._announcer.wake()
         self._work_awaits.set()
         if not self._residency.usable:
             self._orders.put("no_models")
 
+    def _placement_changed(self) -> None:
+        self._announcer.wake()
+
     def _status(self) -> WorkerStatus:
+        # Before the models: what has come into memory in between is told twice, not left out.
+        current, decided = self._lane.current, self._planner.decided
+        models = self._residency.statuses()
+        loading, leaving = (decided.load, decided.evict) if decided else (None, ())
+        if self._is_stopping:
+            # It claims no more: others should not take it for a holder while it finishes.
+            loading, leaving = None, tuple(model for model, one in models.items() if one.resident)
         return WorkerStatus(
             id=self.id,
             device=self._device,
             pid=os.getpid(),
-            models=self._residency.statuses(),
+            models=models,
             held_jobs=tuple(one.job.id for one in self._hand.jobs()),
+            current_job=current and CurrentJob(current.job.id, current.job.model, current.step, current.total_steps),
+            memory=self._residency.memory_status(),
+            loading=loading,
+            leaving=leaving,
         )
 
     def _make_ledger(self) -> WorkerLedger:
@@ -255,27 +317,6 @@ class Worker:
             key_prefix=settings.redis.key_prefix,
             lease_seconds=settings.worker.lease_seconds,
         )
-
-
-def model_specs(settings: Settings, registry: Registry) -> dict[str, ModelSpec]:
-    """Return what is needed to load each enabled model, the default one first; replaced versions are `id@version`."""
-    folder = settings.models.weights_dir
-    specs: dict[str, ModelSpec] = {}
-    for entry in sorted(registry, key=lambda entry: entry.id != settings.models.default):
-        specs[entry.id] = ModelSpec(
-            id=entry.id,
-            family=entry.family,
-            pipeline=entry.pipeline,
-            weights_dir=folder / entry.weights,
-            dtype=entry.dtype,
-            area=entry.area,
-            loras=tuple(LoraSpec(lora.id, folder / lora.weights, lora.scheduler) for lora in entry.loras),
-            version=entry.version,
-        )
-        for old in entry.previous:
-            name = f"{entry.id}@{old.version}"
-            specs[name] = replace(specs[entry.id], weights_dir=folder / old.weights, version=old.version)
-    return specs
 
 
 def _end_for_thread(died: threading.ExceptHookArgs) -> None:

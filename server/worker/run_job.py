@@ -12,7 +12,7 @@ import structlog
 from PIL import Image
 
 from pipelines.errors import BadInput, Cancelled, DeadlineExceeded, OutOfMemory
-from pipelines.photos import CONTENT_TYPES, OutputFormat, decode_photo, encode_photo
+from pipelines.photos import CONTENT_TYPES, OutputFormat
 from server.errors import DependencyError, ObjectChanged, ObjectNotFound, StoreUnavailable
 from server.eta import measured_speeds
 from server.jobs import JobInput, JobOutput
@@ -20,10 +20,12 @@ from server.ledger.worker_side import WorkerLedger
 from server.registry import Registry
 from server.settings import WorkerSettings
 from server.store import Store
-from server.worker.errors import LeaseLost, ModelChanged, ModelUnavailable
+from server.worker.decoding import Decoders, Size
+from server.worker.decoding_frames import Encoding
+from server.worker.errors import LeaseLost, MemoryInPieces, ModelChanged, ModelUnavailable
 from server.worker.hand import Hand, JobInHand
 from server.worker.patience import Outage
-from server.worker.sizing import final_params, sized_output
+from server.worker.sizing import final_params, output_size
 
 # What ends a job at its first occurrence, since another try would end the same way.
 FINAL_CODES: Mapping[type[Exception], str] = {
@@ -63,7 +65,7 @@ class JobRunner:
         store_outage: of the store.
         ledger_outage: of the ledger.
         settings: of the worker.
-        max_image_pixels: photos with more are refused before they are decoded.
+        decoders: decode and scale the photos, and encode the results.
         pool: the stage threads.
         on_bug: gets an error that even settling a job could not deal with.
     """
@@ -78,7 +80,7 @@ class JobRunner:
         store_outage: Outage,
         ledger_outage: Outage,
         settings: WorkerSettings,
-        max_image_pixels: int,
+        decoders: Decoders,
         pool: Executor,
         on_bug: Callable[[BaseException], None],
     ) -> None:
@@ -89,12 +91,12 @@ class JobRunner:
         self._store_outage = store_outage
         self._ledger_outage = ledger_outage
         self._settings = settings
-        self._max_image_pixels = max_image_pixels
+        self._decoders = decoders
         self._pool = pool
         self._on_bug = on_bug
 
     def begin(self, in_hand: JobInHand, to_lane: Callable[[JobInHand], None]) -> None:
-        """Fetch and decode the photos, then give the job to the lane."""
+        """Fetch, decode and scale the photos, then give the job to the lane."""
         self._in_pool(in_hand, lambda: self._stage(in_hand, to_lane))
 
     def finish(self, in_hand: JobInHand, image: Image.Image) -> None:
@@ -123,15 +125,14 @@ class JobRunner:
 
     def _stage(self, in_hand: JobInHand, to_lane: Callable[[JobInHand], None]) -> None:
         started = time.monotonic()
-        fetched = [self._fetch(in_hand, recorded) for recorded in in_hand.job.inputs]
+        fetched = [self._fetch(in_hand, place) for place in range(len(in_hand.job.inputs))]
         in_hand.photos = [photo for photo, _ in fetched]
         in_hand.inputs = tuple(found for _, found in fetched)
-        entry = self._registry.get(in_hand.job.model)
-        in_hand.params = final_params(entry, in_hand.job, in_hand.photos[0])
         in_hand.timings["fetch"] = round(time.monotonic() - started, 3)
         to_lane(in_hand)
 
-    def _fetch(self, in_hand: JobInHand, recorded: JobInput) -> tuple[Image.Image, JobInput]:
+    def _fetch(self, in_hand: JobInHand, place: int) -> tuple[Image.Image, JobInput]:
+        recorded = in_hand.job.inputs[place]
         in_hand.check()
         data = self._store_outage.outwait(
             lambda: self._store.fetch_upload(recorded.key, recorded.etag),
@@ -141,13 +142,22 @@ class JobRunner:
         sha256 = hashlib.sha256(data).hexdigest()
         if recorded.sha256 not in {None, sha256}:
             raise ObjectChanged(f"The photo {recorded.upload_id} does not have the sha256 it was announced with.")
-        photo = decode_photo(data, max_pixels=self._max_image_pixels)
+        photo = self._decoders.stage(data, lambda height, width: self._reading_sizes(in_hand, place, height, width))
         return photo, replace(recorded, sha256=sha256, height=photo.height, width=photo.width)
+
+    def _reading_sizes(self, in_hand: JobInHand, place: int, height: int, width: int) -> list[Size]:
+        """Tell at which sizes the run will ask for a photo, whose own size is known from here on."""
+        entry = self._registry.get(in_hand.job.model)
+        if place == 0:
+            in_hand.params = final_params(entry, in_hand.job, height, width)
+        return entry.params_model.reading_sizes(height, width, entry.area, in_hand.params, is_first=place == 0)
 
     def _hand_in(self, in_hand: JobInHand, image: Image.Image) -> None:
         started = time.monotonic()
         in_hand.check()
-        data, output = encode_output(in_hand, image)
+        encoding = encoding_of(in_hand, image)
+        data = self._decoders.encode(image, encoding)
+        output = describe_output(in_hand, encoding, data)
         error = failure_of(lambda: self._put(in_hand, data, output))
         if error is not None:
             self._delete(output)  # a try that failed may have stored it all the same
@@ -164,6 +174,7 @@ class JobRunner:
                 inputs=in_hand.inputs,
                 speeds=measured_speeds(in_hand.device_seconds, in_hand.total_steps or 0, image.height, image.width),
                 weights_sha256=in_hand.weights_sha256,
+                optimizations=in_hand.optimizations,
             ),
             check=in_hand.check_process,
         )
@@ -202,16 +213,20 @@ class JobRunner:
             reply = self._ledger.fail(job.id, job.fence, code=code, detail=str(error), timings=in_hand.timings)
             return "failed" if reply == "ok" else reply
         # What is away comes back, and what this worker cannot load another may: neither costs the job anything.
-        counts = not is_expected(error)
-        bug = f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id."
+        counts, told = not is_expected(error), ("not_served", str(error))
+        if isinstance(error, MemoryInPieces):
+            counts, told = True, ("out_of_memory", str(error))  # yet it might be the job after all
+        elif counts:
+            bug = f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id."
+            told = ("internal_error", bug)
         reply = self._ledger.retry(
             job.id,
             job.fence,
             delay_seconds=retry_delay_seconds(job.attempts, self._settings.retry_base_seconds),
             counts=counts,
             max_errors=self._settings.max_errors,
-            code="internal_error" if counts else "not_served",
-            detail=bug if counts else str(error),
+            code=told[0],
+            detail=told[1],
         )
         return "retrying" if reply == "ok" else reply
 
@@ -228,19 +243,31 @@ class JobRunner:
         self._hand.release(in_hand)
 
 
-def encode_output(in_hand: JobInHand, image: Image.Image) -> tuple[bytes, JobOutput]:
-    """Encode a result as the job asks, and describe it; its key is this try's own."""
-    job, photo = in_hand.job, in_hand.inputs[0]
-    image = sized_output(image, job.output_spec, (photo.height, photo.width))
-    image_format = cast("OutputFormat", job.output_spec.format)
-    record = record_of(in_hand) if job.output_spec.metadata else None
-    data = encode_photo(image, image_format, job.output_spec.quality, record)
-    return data, JobOutput(
+def encoding_of(in_hand: JobInHand, image: Image.Image) -> Encoding:
+    """Tell how a result is to be encoded."""
+    spec, photo = in_hand.job.output_spec, in_hand.inputs[0]
+    height, width = output_size(image, spec, (photo.height, photo.width))
+    return Encoding(
+        mode=image.mode,
+        height=image.height,
+        width=image.width,
+        output_height=height,
+        output_width=width,
+        image_format=cast("OutputFormat", spec.format),
+        quality=spec.quality,
+        record=record_of(in_hand) if spec.metadata else None,
+    )
+
+
+def describe_output(in_hand: JobInHand, encoding: Encoding, data: bytes) -> JobOutput:
+    """Describe an encoded result; its key is this try's own."""
+    job, image_format = in_hand.job, encoding.image_format
+    return JobOutput(
         key=f"{job.id}/{job.fence}/output.{'jpg' if image_format == 'jpeg' else image_format}",
         sha256=hashlib.sha256(data).hexdigest(),
         content_type=CONTENT_TYPES[image_format],
-        height=image.height,
-        width=image.width,
+        height=encoding.output_height,
+        width=encoding.output_width,
         size_bytes=len(data),
     )
 
@@ -253,6 +280,7 @@ def record_of(in_hand: JobInHand) -> dict[str, Any]:
         "model": job.model,
         "model_version": job.model_version,
         "weights_sha256": in_hand.weights_sha256,
+        "optimizations": in_hand.optimizations,
         "prompt": job.prompt,
         "negative_prompt": job.negative_prompt,
         "params": in_hand.params,
@@ -268,7 +296,9 @@ def final_code(error: Exception) -> str | None:
 
 def is_expected(error: Exception) -> bool:
     """Tell what a worker must reckon with from a bug."""
-    return final_code(error) is not None or isinstance(error, DependencyError | ModelUnavailable | LeaseLost)
+    return final_code(error) is not None or isinstance(
+        error, DependencyError | ModelUnavailable | LeaseLost | MemoryInPieces
+    )
 
 
 def retry_delay_seconds(attempts: int, base_seconds: float) -> float:

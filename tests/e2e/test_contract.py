@@ -109,8 +109,8 @@ def keep_busy(client: Client) -> dict[str, Any]:
     batch = submit(client, {"params": params}, {"params": params}, priority="high")
 
     def is_busy() -> bool:
-        first, second = client.batch(batch["id"])["jobs"]
-        return first["progress"] is not None and second["status"] == "running"
+        jobs = client.batch(batch["id"])["jobs"]
+        return all(job["status"] == "running" for job in jobs) and any(job["progress"] for job in jobs)
 
     wait_for("a worker that is busy", is_busy)
     return batch

@@ -192,7 +192,16 @@ def said_of_itself(job: dict[str, Any], data: bytes) -> dict[str, Any]:
     from pipelines.provenance import read_record
 
     record = read_record(data) or {}
-    names = ("model", "model_version", "weights_sha256", "prompt", "negative_prompt", "params", "loras")
+    names = (
+        "model",
+        "model_version",
+        "weights_sha256",
+        "optimizations",
+        "prompt",
+        "negative_prompt",
+        "params",
+        "loras",
+    )
     of_the_job = {"job_id": job["id"], "input_sha256": [job["input"]["sha256"]]}
     assert record == {name: job[name] for name in names} | of_the_job
     return record

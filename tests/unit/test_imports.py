@@ -23,3 +23,12 @@ def test_the_api_starts_without_the_engine():
     print(f"create_app() took {answer['seconds']:.2f} s with its imports")  # noqa: T201 (for `pytest -s`)
     assert ENGINE.isdisjoint(answer["modules"])
     assert answer["seconds"] < 10
+
+
+def test_decoders_start_without_the_engine():
+    """A worker starts its decoding processes, and they begin, before anything of torch is loaded."""
+    script = "import json, sys, server.worker.decoding, server.worker.decoding_child; print(json.dumps([*sys.modules]))"
+
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+
+    assert (ENGINE - {"numpy"}).isdisjoint(json.loads(done.stdout))

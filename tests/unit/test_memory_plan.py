@@ -16,7 +16,15 @@ from pipelines import activations
 from pipelines.activations import RunSize, TextEncoderShape, denoising_bytes, encoding_bytes, vae_bytes
 from pipelines.architectures import architecture_of_folder, published_architecture
 from pipelines.errors import WeightsError
-from pipelines.memory_plan import MAX_MODELS_TOGETHER, RESERVE_BYTES, ModelMemory, fits, needed_bytes, plan
+from pipelines.memory_plan import (
+    MAX_MODELS_TOGETHER,
+    RESERVE_BYTES,
+    ModelMemory,
+    PlannedRun,
+    fits,
+    needed_bytes,
+    plan,
+)
 from server.cli import restage
 
 GIB = 2**30
@@ -202,3 +210,30 @@ def test_planning_itself_needs_no_torch() -> None:
     script = f"import sys, {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
+
+
+RUN = PlannedRun(area=1000, num_photos=3, phases={"encoding": 100, "denoising": 4000, "decoding": 900})
+
+
+def test_a_run_as_large_as_planned_takes_what_was_planned() -> None:
+    """The plan's own run is its measure."""
+    assert RUN.bytes_for(20, 50, 3) == 4000
+
+
+def test_a_smaller_run_takes_less_and_a_larger_one_more() -> None:
+    """The transformer sees photos and output, the VAE makes the output alone, and a prompt is as long as ever."""
+    assert RUN.bytes_for(20, 50, 1) == 2000
+    assert RUN.bytes_for(40, 100, 3) == 7000
+    assert RUN.bytes_for(400, 500, 0) == 200_000
+    wide = PlannedRun(area=1000, num_photos=1, phases={"denoising": 10, "decoding": 500})
+    assert wide.bytes_for(10, 10, 1) == 50
+    assert wide.bytes_for(100, 100, 1) == 5000
+    assert PlannedRun(1000, 1, {"encoding": 70}).bytes_for(1000, 1000, 1) == 70
+    assert PlannedRun(1000, 1, {}).bytes_for(10, 10, 1) == 0
+
+
+def test_weights_that_move_count_with_their_phase() -> None:
+    """What is on the device for one phase only is not scaled with the pixels."""
+    moved = PlannedRun(1000, 1, {"denoising": 100, "encoding": 50}, {"denoising": 10, "encoding": 1000, "other": 7})
+    assert moved.bytes_for(10, 100, 1) == 1050
+    assert moved.bytes_for(100, 1000, 1) == 100 * 101_000 // 2000 + 10

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
 
 from pipelines.errors import BadInput
-from pipelines.photos import CONTENT_TYPES, decode_photo, encode_photo, fit_area
+from pipelines.photos import CONTENT_TYPES, StagedPhoto, decode_photo, encode_photo, fit_area
 
 MAX_PIXELS = 60_000_000
 # Corners that differ, so that every flip and rotation shows.
@@ -438,3 +438,20 @@ def test_side_that_a_format_cannot_hold_is_refused(image_format, limit):
     with pytest.raises(BadInput, match=f"at most {limit} pixels a side.*png"):
         encode_photo(Image.new("RGB", (limit + 1, 1)), image_format)
     assert encode_photo(Image.new("RGB", (limit + 1, 1)), "png")
+
+
+def test_staged_photo_answers_as_the_whole_photo_or_not_at_all():
+    """It has the photo's size and the pictures it was staged with; whatever else is asked fails."""
+    whole = Image.radial_gradient("L").resize((90, 60)).convert("RGB")
+    picture = whole.resize((32, 16), Image.Resampling.LANCZOS)
+    photo = StagedPhoto(60, 90, {(16, 32): picture})
+
+    assert (photo.size, photo.height, photo.width, photo.mode) == (whole.size, 60, 90, "RGB")
+    assert photo.resize((32, 16), Image.Resampling.LANCZOS).tobytes() == picture.tobytes()
+    asked = [((16, 32), Image.Resampling.LANCZOS), ((32, 16), Image.Resampling.BICUBIC), ((32, 16), None)]
+    for size, resample in asked:
+        with pytest.raises(ValueError, match="only here as LANCZOS makes it at 32 x 16"):
+            photo.resize(size, resample)
+    for use in (photo.tobytes, photo.copy, lambda: photo.convert("L"), lambda: np.asarray(photo)):
+        with pytest.raises(ValueError, match="own pixels are not here"):
+            use()

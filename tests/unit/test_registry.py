@@ -170,7 +170,7 @@ def test_all_mistakes_are_told_at_once(load: Load) -> None:
     guidance_scale: 3
     max_input_images: 2
     aspect_ratio: [1, 2]
-  optimizations: {compile: regional}
+  optimizations: {compile: regonal}
   loras:
     - {id: x, name: X, weights: ../x.safetensors, license: none, scale: [1, 0], defaults: {guidance_scale: 99}}
     - {id: x, name: "", weights: x.bin, license: none, scale: [0, 3], scheduler: {shift: [1]}}
@@ -209,7 +209,7 @@ def test_all_mistakes_are_told_at_once(load: Load) -> None:
             "models.yaml:29: models[1].limits.aspect_ratio = a list: is unknown; allowed are guidance_scale, height, "
             "max_input_images, num_inference_steps, seed, width"
         ),
-        "models.yaml:30: models[1].optimizations: is not supported yet; leave it out",
+        "models.yaml:30: models[1].optimizations.compile = 'regonal': needs none or regional",
         (
             "models.yaml:32: models[1].loras[0].weights = '../x.safetensors': needs the path of a .safetensors file "
             "below models.weights_dir, without `..`"
@@ -517,3 +517,71 @@ def test_no_bytes_break_the_loader(tmp_path_factory: pytest.TempPathFactory, con
     with pytest.raises(ConfigError) as caught:
         load_registry(load_settings(folder, SECRETS))
     assert all("models.yaml" in problem and "\n" not in problem for problem in caught.value.problems)
+
+
+FIRST_BLOCK = {"kind": "first_block"}
+
+
+@pytest.mark.parametrize(
+    ("optimizations", "problem"),
+    [
+        ({"compil": "regional"}, ".compil = 'regional': is unknown; did you mean compile?"),
+        ("fast", " = 'fast': needs a mapping with the keys compile, attention, quantization, layerwise_casting, "),
+        ({"vae_tiling": "yes"}, ".vae_tiling = 'yes': needs true or false"),
+        (
+            {"cache": "magcache"},
+            ".cache = 'magcache': needs none, or a mapping with `kind: magcache, first_block or ta",
+        ),
+        ({"cache": {"kind": "pab"}}, ".cache.kind = 'pab': needs none, or a mapping with `kind: magcache, first_block"),
+        ({"cache": {"kind": "first_block", "threshold": 2}}, ".cache.threshold = 2: needs a number from 0 to 1"),
+        (
+            {"cache": {"kind": "taylorseer", "x": 1}},
+            ".cache.x = 1: is unknown; allowed are cache_interval, kind, max_o",
+        ),
+        ({"cache": {"kind": "magcache"}}, ".cache.ratios: is missing; magcache needs what was measured of the model"),
+        ({"quantization": "int8", "layerwise_casting": "fp8"}, ".quantization: does not go with layerwise_casting: b"),
+        (
+            {"cache": FIRST_BLOCK, "offload": "group"},
+            ".cache: does not go with offload: the hooks of both are on the same",
+        ),
+        ({"compile": "regional"}, ".compile: does not go with loras: each other choice of them would be compiled"),
+    ],
+)
+def test_wrong_optimizations(load: Load, optimizations: object, problem: str) -> None:
+    """A mistake in an entry's optimizations, or two that do not go together, is told in one line with its place."""
+    lora = {"id": "x", "name": "X", "weights": "x.safetensors", "license": "none"}
+    (found,) = problems_of(load, [{**ENTRY, "optimizations": optimizations, "loras": [lora]}])
+    assert f"models[0].optimizations{problem}" in found
+
+
+def test_no_network_attention(load: Load) -> None:
+    """What fetches its code from the network is no attention that an entry may name."""
+    (found,) = problems_of(load, [{**ENTRY, "optimizations": {"attention": "flash_hub"}}])
+    assert "optimizations.attention = 'flash_hub': needs native, _native_cudnn, " in found
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "family", "kind"),
+    [("FluxKontextPipeline", "flux_kontext", "first_block"), ("LongCatImageEditPipeline", "generic", "taylorseer")],
+)
+def test_step_caches_that_break(load: Load, pipeline: str, family: str, kind: str) -> None:
+    """A step cache that fails with a class, or that nobody has tried with it, is refused with what there is."""
+    limits = {"num_inference_steps": [2, 50]}
+    entry = ENTRY | {
+        "family": family,
+        "pipeline": pipeline,
+        "limits": limits,
+        "optimizations": {"cache": {"kind": kind}},
+    }
+    (found,) = problems_of(load, [entry])
+    assert f"models[0].optimizations.cache.kind: does not work with {pipeline}; " in found
+
+
+def test_optimizations_that_are_done() -> None:
+    """Only what differs from the pipeline by itself is in a job's record; a step cache excludes other runs."""
+    cache = {"kind": "first_block", "threshold": 0.1}
+    entry = entry_of(optimizations={"compile": "none", "attention": "_native_math", "cache": cache})
+    assert entry.optimizations.applied == {"attention": "_native_math", "cache": cache}
+    assert entry.optimizations.exclusive
+    assert entry_of().optimizations.applied == {}
+    assert not entry_of(optimizations={"compile": "regional"}).optimizations.exclusive

@@ -15,8 +15,7 @@ for i = 3, #ARGV do
     answer = "cancelled"
   elseif job.status == "running" then
     redis.call("HSET", job_key(job.id), "cancel", 1)
-    redis.call("XADD", control_key, "MAXLEN", "~", 1000, "*", "type", "cancel", "job_id", job.id)
-    redis.call("PEXPIRE", control_key, 3600000)
+    tell_workers("type", "cancel", "job_id", job.id)
     answer = "requested"
   else
     answer = "finished"

@@ -1,7 +1,8 @@
 -- CLAIM: the best ready job of the given models: priority, then the owners in turn, then age.
--- ARGV: worker id, claim token, lease in ms, number of jobs the worker holds, models...
+-- ARGV: worker id, claim token, lease in ms, number of jobs the worker holds, 1 for `high` jobs only or 0, models...
 -- Returns {"none"} | {"alone"} (a suspect is next and must run alone: come back with empty hands) | {"job", field, value, ...}
 local worker_id, token, lease_ms, num_held = ARGV[1], ARGV[2], tonumber(ARGV[3]), tonumber(ARGV[4])
+local high_only = ARGV[5] == "1"
 
 local function reply(id)
   local fields = redis.call("HGETALL", job_key(id))
@@ -21,7 +22,7 @@ local function head(model, priority, owner) return redis.call("ZRANGE", ready_ke
 
 local function best(priority)
   local chosen
-  for i = 5, #ARGV do
+  for i = 6, #ARGV do
     local model = ARGV[i]
     local first = redis.call("ZRANGE", turns_key(model, priority), 0, 0, "WITHSCORES")
     if first[1] then
@@ -36,7 +37,7 @@ local function best(priority)
   return chosen
 end
 
-for _, priority in ipairs(PRIORITIES) do
+for _, priority in ipairs(high_only and { "high" } or PRIORITIES) do
   local chosen = best(priority)
   if chosen then
     local job = load_job(chosen.id)
@@ -45,7 +46,7 @@ for _, priority in ipairs(PRIORITIES) do
     remove_ready(job)
     -- Whoever was served goes to the end of the line in each of the models that this worker serves, with one turn for all.
     local lines = {}
-    for i = 5, #ARGV do lines[#lines + 1] = turns_key(ARGV[i], priority) end
+    for i = 6, #ARGV do lines[#lines + 1] = turns_key(ARGV[i], priority) end
     local turn = next_turn(lines)
     for _, turns in ipairs(lines) do
       if redis.call("ZSCORE", turns, job.owner) then redis.call("ZADD", turns, turn, job.owner) end

@@ -21,6 +21,7 @@ local function speed_key(model) return prefix .. ":speed:" .. model end
 local function weights_key(model) return prefix .. ":weights:" .. model end
 local function reply_key(token) return prefix .. ":reply:" .. token end
 local function worker_key(id) return prefix .. ":worker:" .. id end
+local function holders_key(model) return prefix .. ":holders:" .. model end
 local function turns_key(model, priority) return prefix .. ":turns:" .. model .. ":" .. priority end
 local function ready_key(model, priority, owner) return prefix .. ":ready:" .. model .. ":" .. priority .. ":" .. owner end
 local leases_key = prefix .. ":leases"
@@ -37,6 +38,7 @@ local trash_key = prefix .. ":trash"
 local webhooks_key = prefix .. ":webhooks"
 local changes_key = prefix .. ":changes"
 local control_key = prefix .. ":control"
+local placement_key = prefix .. ":placement"
 
 -- How long is kept what only tells of models: measured speeds, weights that were seen, which were asked for.
 local MODELS_KEPT_MS = 30 * 24 * 3600 * 1000
@@ -91,6 +93,24 @@ local function tell_job(job, kind, status)
   }
   if job.error_code then data.error = { code = job.error_code, detail = job.error_detail or "" } end
   tell(job.batch_id, kind, data)
+end
+
+-- What all workers hear at once, and what still comes when they miss it: a cancel with RENEW, ready jobs with a bell.
+local function tell_workers(...)
+  redis.call("XADD", control_key, "MAXLEN", "~", 1000, "*", ...)
+  redis.call("PEXPIRE", control_key, 3600000)
+end
+
+-- A bell wakes a worker within a poll of Dramatiq's; this does so at once. Workers with full hands need to hear only of
+-- `high` jobs, and all of them only of models that they could serve: no id has a comma.
+local function tell_workers_ready(has_high, models)
+  tell_workers("type", "ready", "high", has_high and 1 or 0, "models", table.concat(models, ","))
+end
+
+-- Who has a model in memory, or is about to: an entry that is not renewed runs out, and with the last of them the key.
+local function note_holder(model, worker_id, due)
+  redis.call("ZADD", holders_key(model), digits(due), worker_id)
+  redis.call("PEXPIREAT", holders_key(model), digits(redis.call("ZREVRANGE", holders_key(model), 0, 0, "WITHSCORES")[2]))
 end
 
 -- One message in the layout that Dramatiq 2.2 writes itself (brokers/redis/dispatch.lua, "enqueue").

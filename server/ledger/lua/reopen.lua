@@ -43,7 +43,7 @@ local function reopen(job, order)
   tell_job(job, "job.retrying", "queued")
 end
 
-local replies = {}
+local replies, models, is_told, has_high = {}, {}, {}, false
 for i = 4, #ARGV do
   local job = load_job(ARGV[i])
   local answer = judge(job)
@@ -51,7 +51,10 @@ for i = 4, #ARGV do
     answer = "full"
   elseif answer == "queued" then
     reopen(job, digits(now_micros + i))
+    if not is_told[job.model] then models[#models + 1] = job.model end
+    is_told[job.model], has_high = true, has_high or job.priority == "high"
   end
   replies[#replies + 1] = answer
 end
+if #models > 0 then tell_workers_ready(has_high, models) end
 return keep_reply(ARGV[1], replies)

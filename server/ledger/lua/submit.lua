@@ -69,7 +69,7 @@ local function weights_of(model, version)
 end
 
 -- What many jobs share is written once for all of them.
-local ids, lines, num_bells = {}, {}, {}
+local ids, lines, models, num_bells, has_high = {}, {}, {}, {}, false
 for i, job in ipairs(jobs) do
   local order = digits(now_micros + i)
   job.fields.weights_sha256 = weights_of(job.fields.model, job.version)
@@ -83,7 +83,9 @@ for i, job in ipairs(jobs) do
   local members = lines[line].members
   members[#members + 1] = order
   members[#members + 1] = job.id
+  if not num_bells[model] then models[#models + 1] = model end
   num_bells[model] = (num_bells[model] or 0) + 1
+  has_high = has_high or priority == "high"
 end
 redis.call("RPUSH", batch_jobs_key(batch.id), unpack(ids))
 redis.call("SADD", open_key, unpack(ids))
@@ -93,7 +95,8 @@ for turns, line in pairs(lines) do
 end
 -- Each worker that hears a bell claims until nothing is ready: a bell more than there are workers would find nobody.
 local num_workers = math.max(1, redis.call("SCARD", workers_key))
-for model, count in pairs(num_bells) do ring(model, math.min(count, num_workers)) end
+for _, model in ipairs(models) do ring(model, math.min(num_bells[model], num_workers)) end
+tell_workers_ready(has_high, models)
 
 if idempotency_key then
   redis.call("HSET", idempotency_key, "batch_id", batch.id, "body_sha256", idempotency.body_sha256,

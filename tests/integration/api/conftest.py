@@ -107,7 +107,7 @@ class Api:
         assert answer == "ok"
         return job
 
-    def announce_worker(self, *, ready: bool = True, reason: str | None = None, **weights: str) -> None:
+    def announce_worker(self, *, ready: bool = True, reason: str | None = None, **weights: Any) -> None:
         """Say that a worker lives that serves, or cannot serve, the first model; `weights` tell what it found."""
         models = {QWEN: WorkerModel(ready=ready, resident=ready, reason=reason, **weights)}
         self.worker.announce(WorkerStatus("worker-1", "cpu", 1, models))

@@ -54,6 +54,7 @@ def bearer(key):
         ("GET", "/v1/models"),
         ("GET", "/v1/models/tiny-flux-kontext"),
         ("GET", "/v1/presets"),
+        ("GET", "/v1/workers"),
     ],
 )
 def test_every_route_of_the_api_needs_a_key(api, keys, method, path):

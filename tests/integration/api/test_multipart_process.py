@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -61,7 +61,10 @@ def is_alive(url):
 
 def has_temporary_files(process):
     """Tell whether the process has files open that have no name."""
-    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")]  # noqa: PTH115
+    links = []
+    for name in os.listdir(f"/proc/{process.pid}/fd"):  # noqa: PTH208
+        with suppress(FileNotFoundError):  # closed since
+            links.append(os.readlink(f"/proc/{process.pid}/fd/{name}"))  # noqa: PTH115
     return any(link.endswith("(deleted)") for link in links)
 
 

@@ -401,7 +401,7 @@ def test_a_finished_batch_is_deleted_with_all_that_is_its_own(api, accept, uploa
     wait_until(lambda: api.redis.zcard("restage:trash") == 0)
     left = {key for key in api.redis.scan_iter("restage:*") if not key.startswith(("restage:reply:", "restage:worker"))}
     of_models = {"restage:models", "restage:speed:tiny-qwen-image-edit-2511"}
-    assert left <= {"restage:schema", "restage:swept", "restage:changes", *of_models}
+    assert left <= {"restage:schema", "restage:swept", "restage:changes", "restage:control", *of_models}
 
 
 def test_photos_that_another_batch_needs_stay(api, accept, upload_id, pass_time, wait_until):

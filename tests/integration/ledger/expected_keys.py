@@ -48,7 +48,7 @@ return overdue
 SOME = "some"
 _NEW_JOB = dict.fromkeys(("request", "created_at", "queued_at", "order"), SOME)
 _NEW_BATCH = dict.fromkeys(("metadata", "created_at", "order"), SOME)
-_TIMED = {"leases", "delayed", "forget", "inputs_due", "outputs_due", "unused", "trash", "webhooks"}
+_TIMED = {"leases", "delayed", "forget", "inputs_due", "outputs_due", "unused", "trash", "webhooks", "holders"}
 _ORDERED = {"turns", "ready", "shelf"}
 
 
@@ -86,7 +86,8 @@ def expected_keys(model: LedgerModel) -> dict[str, Any]:
         keys[f"batch:{batch.id}:deliveries"] = batch.deliveries
     for job in model.jobs.values():
         keys[f"job:{job.id}"] = _job(job)
-    keys |= _expected_deadlines(model) | _expected_lines(model) | _expected_shelves(model) | _expected_passing(model)
+    keys |= _expected_deadlines(model) | _expected_lines(model) | _expected_shelves(model)
+    keys |= _expected_passing(model) | _expected_placement(model)
     return {key: value for key, value in keys.items() if value}
 
 
@@ -225,12 +226,22 @@ def _expected_passing(model: LedgerModel) -> dict[str, Any]:
     if model.changes:
         keys["changes"] = [len(model.changes), ["batch_id", model.changes[-1]]], model.changes_until - now
     if model.control:
-        last = ["type", "cancel", "job_id", model.control[-1]]
-        keys["control"] = [len(model.control), last], model.control_until - now
+        keys["control"] = [len(model.control), model.control[-1]], model.control_until - now
     if model.swept_at is not None:
         fields = {"at": Span(now - model.swept_at), "grace_until": left(model.grace_until - now)}
         keys["swept"] = fields, model.swept_at + SWEPT_SECONDS - now
     return {key: (content, Span(seconds)) for key, (content, seconds) in keys.items()}
+
+
+def _expected_placement(model: LedgerModel) -> dict[str, Any]:
+    """Who holds which model, and how often that was changed."""
+    keys: dict[str, Any] = {}
+    for name, holders in model.holders.items():
+        due = {worker: left(until - model.now) for worker, until in holders.items()}
+        keys[f"holders:{name}"] = due, left(max(holders.values()) - model.now)
+    if model.num_placed:
+        keys["placement"] = str(model.num_placed), left(model.placed_until - model.now)
+    return keys
 
 
 def observed_keys(prefix: str, dump: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine
 
 from server.jobs import Batch, JobStatus, Webhook
-from server.ledger import api_side
+from server.ledger import api_side, worker_side
 from server.ledger.api_side import Idempotency
 from server.ledger.status import WorkerModel, WorkerStatus
 from server.ledger.worker_side import Alone, HeldJob
@@ -160,12 +160,12 @@ class LedgerCalls(RuleBasedStateMachine):
 
     # Workers.
 
-    def claim(self, worker: str, models: list[str], num_held: int, token: str) -> None:
+    def claim(self, worker: str, models: list[str], num_held: int, token: str, *, high_only: bool = False) -> None:
         """Claim and check that exactly the promised job is handed out."""
         ledger = self.workers[worker]
         ledger._claim_token = token
-        answer = ledger.claim(models, num_held=num_held)
-        expected = self.model.claim(worker, token, models, num_held)
+        answer = ledger.claim(models, num_held=num_held, high_only=high_only)
+        expected = self.model.claim(worker, token, models, num_held, high_only=high_only)
         self.last_claims[worker] = (token, models)
         if not isinstance(expected, ModelJob):
             self.check("claim", "alone" if isinstance(answer, Alone) else answer, expected)
@@ -190,10 +190,11 @@ class LedgerCalls(RuleBasedStateMachine):
                 return self.hands[-1]
         return None
 
-    def start(self, hand: Hand, *, on_device: bool) -> None:
-        """Put a job on the device or take it off."""
-        answer = self.workers["w1"].start(*hand, on_device=on_device)
-        self.check("start", answer, self.model.start(*hand, on_device=on_device))
+    def start(self, hand: Hand, *, on_device: bool, instead_of: Hand | None = None) -> None:
+        """Put a job on the device or take it off, perhaps as another leaves it."""
+        leaving = HeldJob(*instead_of) if instead_of else None
+        answer = self.workers["w1"].start(*hand, on_device=on_device, instead_of=leaving)
+        self.check("start", answer, self.model.start(*hand, on_device=on_device, instead_of=instead_of))
 
     def commit(self, hand: Hand, speeds: dict[str, float] | None = None) -> None:
         """Hand in a result and check the answer."""
@@ -234,10 +235,24 @@ class LedgerCalls(RuleBasedStateMachine):
             self.retry(hand, 0, counts=True)
 
     def announce_worker(self, worker: str, models: dict[str, bool]) -> None:
-        """Say what a worker serves."""
-        served = {model: WorkerModel(ready=is_ready) for model, is_ready in models.items()}
+        """Say what a worker serves, all of it in memory."""
+        served = {model: WorkerModel(ready=is_ready, resident=is_ready) for model, is_ready in models.items()}
         self.workers[worker].announce(WorkerStatus(worker, "cpu", 1, served))
         self.model.announce(worker, models)
+
+    def look_at_backlog(self, worker: str) -> str:
+        """Look what waits for each model, and compare; returns the version to place a model with."""
+        fleet = self.workers[worker].backlog(MODELS)
+        found = [(one.num_ready, one.num_others, one.job_seconds) for one in fleet.models.values()]
+        assert found == self.model.backlog(worker, list(MODELS))
+        assert fleet.version == str(self.model.num_placed)
+        return fleet.version
+
+    def place(self, worker: str, version: str, load: str, evict: list[str], token: str) -> None:
+        """Let a worker change its models, and check whether it may."""
+        with mock.patch.object(worker_side.uuid, "uuid4", return_value=mock.Mock(hex=token)):
+            answer = self.workers[worker].place(version, load, evict)
+        self.check("place", answer, self.model.place(token, worker, version, load, evict))
 
     # Users.
 

@@ -21,10 +21,11 @@ class WorkerRules(LedgerLooks):
         worker=st.sampled_from(WORKERS),
         models=st.lists(st.sampled_from(MODELS), min_size=1, unique=True),
         num_held=st.sampled_from((0, 0, 1)),
+        high_only=st.sampled_from((False, False, True)),
     )
-    def worker_claims(self, worker: str, models: list[str], num_held: int) -> None:
-        """A worker asks for the best job of the models it serves."""
-        self.claim(worker, models, num_held, self.new_id("token"))
+    def worker_claims(self, worker: str, models: list[str], num_held: int, high_only: bool) -> None:
+        """A worker asks for the best job of the models it serves, or of those the best `high` one."""
+        self.claim(worker, models, num_held, self.new_id("token"), high_only=high_only)
 
     @precondition(lambda self: any(job.is_ready for job in self.model.jobs.values()))
     @rule(worker=st.sampled_from(WORKERS), count=st.integers(1, 4), on_device=st.booleans())
@@ -59,6 +60,16 @@ class WorkerRules(LedgerLooks):
     def job_starts(self, data: st.DataObject, on_device: bool) -> None:
         """A job goes on the device, or leaves it."""
         self.start(data.draw(st.sampled_from(self.live_hands())), on_device=on_device)
+
+    @precondition(lambda self: self.live_hands())
+    @rule(data=st.data())
+    def job_starts_as_another_leaves(self, data: st.DataObject) -> None:
+        """A job goes on the device in the place of another, which may be nobody's any more."""
+        self.start(
+            data.draw(st.sampled_from(self.live_hands())),
+            on_device=True,
+            instead_of=data.draw(st.sampled_from(self.hands)),
+        )
 
     @precondition(lambda self: self.live_hands())
     @rule(data=st.data(), step=st.one_of(st.none(), st.integers(0, 9)))
@@ -156,6 +167,23 @@ class WorkerRules(LedgerLooks):
     def open_batches(self) -> list[ModelBatch]:
         """List the batches that have not finished."""
         return [batch for batch in self.model.batches.values() if batch.status != "finished"]
+
+    @rule(
+        workers=st.permutations(WORKERS),
+        models=st.permutations(MODELS),
+        num_leaving=st.integers(0, 2),
+        is_late=st.booleans(),
+    )
+    def workers_place_models(self, workers: list[str], models: list[str], num_leaving: int, is_late: bool) -> None:
+        """A worker changes its models, perhaps after another did, and the call is repeated since its reply was lost."""
+        load, *others = models
+        version = self.look_at_backlog(workers[0])
+        if is_late:
+            self.place(workers[1], version, load, [], self.new_id("token"))
+        token = self.new_id("token")
+        for _ in range(2):
+            self.place(workers[0], version, load, others[:num_leaving], token)
+        self.look_at_backlog(workers[1])
 
     @rule(
         worker=st.sampled_from(WORKERS),

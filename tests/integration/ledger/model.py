@@ -98,6 +98,7 @@ class LedgerModel(ModelWorkers, ModelDue):
             self.asked_models.add(model)
             self.asked_until = self.now + SPEED_SECONDS
             self.bells[model] += min(count, max(1, len(self.workers)))
+        self.tell_workers_ready(batch.jobs)
         self.announce_change(batch.id)
 
     def num_open(self) -> int:
@@ -126,8 +127,7 @@ class LedgerModel(ModelWorkers, ModelDue):
                 replies.append("cancelled")
             elif job.status == "running":
                 job.cancel = True
-                self.control.append(job.id)
-                self.control_until = self.now + 3600
+                self.tell_workers("cancel", "job_id", job.id)
                 replies.append("requested")
             else:
                 replies.append("finished")
@@ -141,13 +141,17 @@ class LedgerModel(ModelWorkers, ModelDue):
         wanted = {job_id for job_id in job_ids if self._judge(owner, job_id) == "queued"}
         is_full = self.num_open() + len(wanted) > max_open
         replies: list[str] = []
+        reopened: list[ModelJob] = []
         for place, job_id in enumerate(job_ids):
             answer = self._judge(owner, job_id)
             if answer == "queued" and is_full:
                 answer = "full"
             elif answer == "queued":
                 self._reopen(self.jobs[job_id], place)
+                reopened.append(self.jobs[job_id])
             replies.append(answer)
+        if reopened:
+            self.tell_workers_ready(reopened)
         return self.keep(token, replies)
 
     def _judge(self, owner: str, job_id: str) -> str:
@@ -193,6 +197,9 @@ class LedgerModel(ModelWorkers, ModelDue):
         self.claims = {worker: claim for worker, claim in self.claims.items() if claim[2] > now}
         self.replies = {token: reply for token, reply in self.replies.items() if reply[1] > now}
         self.workers = {worker: one for worker, one in self.workers.items() if one.until > now}
+        self.holders = {model: one for model, one in self.holders.items() if max(one.values()) > now}
+        if self.placed_until <= now:
+            self.num_placed = 0
         self.speeds = {model: one for model, one in self.speeds.items() if one[1] > now}
         if self.asked_until <= now:
             self.asked_models = set()

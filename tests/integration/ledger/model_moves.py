@@ -39,6 +39,10 @@ class ModelMoves:
         self.asked_until: float = 0
         self.claims: dict[str, tuple[str, str, float]] = {}
         self.workers: dict[str, Announced] = {}
+        # For each model, until when each worker counts as holding it.
+        self.holders: dict[str, dict[str, float]] = {}
+        self.num_placed = 0
+        self.placed_until: float = 0
         self.speeds: dict[str, tuple[dict[str, str], float]] = {}
         self.replies: dict[str, tuple[Any, float]] = {}
         self.swept_at: float | None = None
@@ -46,7 +50,7 @@ class ModelMoves:
         # Both streams: what stands in them, and until when.
         self.changes: list[str] = []
         self.changes_until: float = 0
-        self.control: list[str] = []
+        self.control: list[list[str]] = []
         self.control_until: float = 0
 
     # Telling.
@@ -66,6 +70,18 @@ class ModelMoves:
         error = job.error and {"code": job.error[0], "detail": job.error[1]}
         data = {"job_id": job.id, "index": job.index, "status": job.status, "attempts": job.attempts, "error": error}
         self.tell(job.batch, f"job.{kind}", data)
+
+    def tell_workers(self, *fields: str) -> None:
+        """Expect all workers to hear of something at once."""
+        self.control.append(["type", *fields])
+        self.control_until = self.now + CHANGES_SECONDS
+
+    def tell_workers_ready(self, jobs: Iterable[ModelJob]) -> None:
+        """Expect them to hear that these jobs can be claimed."""
+        told = list(jobs)
+        has_high = any(job.batch.priority == "high" for job in told)
+        models = ",".join(dict.fromkeys(job.model for job in told))
+        self.tell_workers("ready", "high", str(int(has_high)), "models", models)
 
     # Lines.
 

@@ -6,6 +6,7 @@ from tests.integration.ledger.model_records import Announced, ModelJob
 
 CLAIM_SECONDS = 60
 ANNOUNCED_SECONDS = 30
+ANSWER_SECONDS = 60
 SPEED_SECONDS = 30 * 24 * 3600
 MAX_ERRORS = 2
 
@@ -15,13 +16,15 @@ Hand = tuple[str, int]
 class ModelWorkers(ModelMoves):
     """The calls of workers."""
 
-    def claim(self, worker: str, token: str, models: list[str], num_held: int) -> ModelJob | str | None:
+    def claim(
+        self, worker: str, token: str, models: list[str], num_held: int, *, high_only: bool = False
+    ) -> ModelJob | str | None:
         """Expect the job that a claim must hand out, "alone", or None."""
         self.call += 1
         if worker in self.claims and self.claims[worker][0] == token:
             again = self.jobs.get(self.claims[worker][1])
             return again if again and again.status == "running" and again.worker == worker else None
-        for priority in PRIORITIES:
+        for priority in PRIORITIES[: 1 if high_only else None]:
             waiting = [
                 (place, self.ready(owner, model, priority)[0])
                 for model in models
@@ -50,9 +53,11 @@ class ModelWorkers(ModelMoves):
         job.batch.status, job.batch.is_started = "running", True
         self.tell_job(job, "started")
 
-    def start(self, job_id: str, fence: int, *, on_device: bool) -> str:
+    def start(self, job_id: str, fence: int, *, on_device: bool, instead_of: Hand | None = None) -> str:
         """Expect the answer to START."""
         self.call += 1
+        if instead_of and (leaving := self.held(*instead_of)):
+            leaving.on_device = False
         if not (job := self.held(job_id, fence)):
             return "lost"
         job.on_device = on_device
@@ -131,6 +136,44 @@ class ModelWorkers(ModelMoves):
         return "ok"
 
     def announce(self, worker: str, models: dict[str, bool]) -> None:
-        """Hear what a worker serves."""
+        """Hear what a worker serves; here it has all that in memory, and nothing else."""
         self.call += 1
         self.workers[worker] = Announced(models, self.now + ANNOUNCED_SECONDS)
+        for model, is_ready in models.items():
+            alive = {one: until for one, until in self.holders.get(model, {}).items() if until > self.now}
+            self.holders[model] = alive
+            self._hold(worker, model, holds=is_ready)
+
+    def _hold(self, worker: str, model: str, *, holds: bool) -> None:
+        holders = self.holders.setdefault(model, {})
+        holders.pop(worker, None)
+        if holds:
+            holders[worker] = self.now + ANNOUNCED_SECONDS
+        if not holders:
+            del self.holders[model]
+
+    def backlog(self, worker: str, models: list[str]) -> list[tuple[int, int, float | None]]:
+        """Expect of each model how many jobs are ready, how many others hold it, and the seconds of a run."""
+        self.call += 1
+        found: list[tuple[int, int, float | None]] = []
+        for model in models:
+            num_ready = sum(job.is_ready and job.model == model for job in self.jobs.values())
+            others = [one for one, until in self.holders.get(model, {}).items() if until > self.now and one != worker]
+            seconds = self.speeds[model][0].get("run") if model in self.speeds else None
+            found.append((num_ready, len(others), None if seconds is None else float(seconds)))
+        return found
+
+    def place(self, token: str, worker: str, version: str, load: str, evict: list[str]) -> bool:
+        """Expect whether a worker may change its models."""
+        self.call += 1
+        if token in self.replies:
+            return self.replies[token][0] == "placed"
+        if version != str(self.num_placed):
+            return False
+        self.num_placed += 1
+        self.placed_until = self.now + SPEED_SECONDS
+        self._hold(worker, load, holds=True)
+        for model in evict:
+            self._hold(worker, model, holds=False)
+        self.replies[token] = "placed", self.now + ANSWER_SECONDS
+        return True

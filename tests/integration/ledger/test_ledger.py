@@ -1,5 +1,6 @@
 """Plain stories of batches, jobs, uploads and workers in the ledger."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -312,11 +313,11 @@ def test_backlog_counts_what_waits(ledger: Any) -> None:
     ledger.accept("b1", ["qwen", "qwen"])
     ledger.accept("b2", ["qwen"], owner="bo", priority="high")
     ledger.claim(["qwen"])
-    backlog = ledger.worker().backlog(["qwen", "flux"])
+    backlog = ledger.worker().backlog(["qwen", "flux"]).models
     assert backlog["qwen"].num_ready == 2
     assert 0 <= backlog["qwen"].oldest_age_seconds < 60
     assert backlog["flux"] == Backlog(num_ready=0, oldest_age_seconds=0)
-    assert ledger.worker().backlog([]) == {}
+    assert ledger.worker().backlog([]).models == {}
 
 
 def test_models_are_ready_where_a_live_worker_says_so(ledger: Any) -> None:
@@ -325,7 +326,9 @@ def test_models_are_ready_where_a_live_worker_says_so(ledger: Any) -> None:
     models = {"qwen": WorkerModel(ready=True, resident=True), "flux": WorkerModel(ready=False, reason="no weights")}
     status = WorkerStatus("w1", "cuda:0", 7, models, ("b1-0",))
     worker.announce(status)
-    assert ledger.run(ledger.api.workers()) == [status]
+    [announced] = ledger.run(ledger.api.workers())
+    assert abs((announced.announced_at_ms or 0) / 1000 - ledger.client.time()[0]) < 60
+    assert replace(announced, announced_at_ms=None) == status
     statuses = ledger.run(ledger.api.model_statuses(["qwen", "flux", "other"]))
     assert (statuses["qwen"].ready, statuses["qwen"].workers, statuses["qwen"].resident_on) == (True, 1, ("w1",))
     assert (statuses["flux"].ready, statuses["flux"].reason) == (False, "w1: no weights")

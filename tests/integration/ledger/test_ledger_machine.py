@@ -279,6 +279,7 @@ MUST_BE_REACHED = {
         "commit ok",
         "fail ok",
     ),
+    *("place True", "place False"),
     *("retry ok", "cancel cancelled", "cancel requested", "cancel finished", "reopen queued", "reopen open"),
     *("delete unknown", "sweep requeued", "expire inputs", "expire outputs", "expire records", "expire uploads"),
     *("drop trash", "take webhook", "estimate", "events", "list batches", "list jobs", "list jobs on"),

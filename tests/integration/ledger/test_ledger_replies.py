@@ -157,7 +157,9 @@ def test_a_cancellation_whose_reply_is_lost_is_answered_as_it_was(
     ledger.run(ledger.api.cancel("ana", ["j-none"]))  # Redis knows the script
     answers = call_through_loser(lambda api: api.cancel("ana", [job.id, "b1-1", "j-none"]))
     assert answers == ["requested", "cancelled", "unknown"]
-    assert ledger.client.xlen(f"{ledger.prefix}:control") == 1
+    told = [fields["type"] for _, fields in ledger.client.xrange(f"{ledger.prefix}:control")]
+    assert told == ["ready", "cancel"]
+    assert ledger.client.xrange(f"{ledger.prefix}:control")[0][1]["models"] == "qwen"
     assert ledger.events("b1").count("job.cancelled") == 1
     # Another call is another question.
     assert ledger.run(ledger.api.cancel("ana", ["b1-1"])) == ["finished"]

@@ -67,7 +67,7 @@ def test_photos_results_and_records_go_in_turn(ledger: Any) -> None:
     assert ledger.expire() == {"records": 1}
     assert ledger.run(ledger.api.read_batch("b1")) is None
     assert ledger.run(ledger.api.read_job("b1-0")) is None
-    assert ledger.keys() == ["changes", "models", "schema", "speed:qwen"]
+    assert ledger.keys() == ["changes", "control", "models", "schema", "speed:qwen"]
 
 
 def test_after_a_long_outage_all_goes_at_once(ledger: Any) -> None:
@@ -122,7 +122,7 @@ def test_nothing_is_left_of_a_batch(ledger: Any) -> None:
     ledger.pass_time(1000)
     assert ledger.expire() == {"inputs": 1, "outputs": 1, "records": 1, "uploads": 3}
     assert len(ledger.trash()) == 6
-    assert ledger.keys() == ["changes", "models", "schema", "speed:qwen"]
+    assert ledger.keys() == ["changes", "control", "models", "schema", "speed:qwen"]
 
 
 def test_a_finished_batch_is_deleted_at_once(ledger: Any) -> None:

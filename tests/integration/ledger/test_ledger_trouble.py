@@ -73,7 +73,9 @@ def test_accepted_work_drains_while_memory_is_full(ledger: Any, full_redis: Any)
     assert ledger.run(ledger.api.reopen("ana", ["b1-4"], max_open_jobs=99)) == ["queued"]
     ledger.pass_time(100)
     assert ledger.sweep(["qwen"]).due == 1
-    assert worker.backlog(["qwen"])["qwen"].num_ready == 2
+    fleet = worker.backlog(["qwen"])
+    assert fleet.models["qwen"].num_ready == 2
+    assert worker.place(fleet.version, "qwen", ["flux"])
     assert ledger.read("b1").counts["succeeded"] == 1
     worker.leave()
 

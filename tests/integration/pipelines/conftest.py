@@ -63,6 +63,19 @@ class Twin:
         params = self.params_model(**values)
         return RunRequest(prompt, negative_prompt, params.resolved(photos[0].height, photos[0].width, AREA, 0), AREA)
 
+    def staged(self, photos: list[Image.Image], **changes: Any) -> list[Image.Image]:
+        """Give the photos as a worker's run has them: only the pictures that their family says it will read."""
+        from pipelines.photos import StagedPhoto
+
+        params = self.request(photos, **changes).params
+        staged: list[Image.Image] = []
+        for place, photo in enumerate(photos):
+            height, width = photo.height, photo.width
+            sizes = self.params_model.reading_sizes(height, width, AREA, params, is_first=place == 0)
+            pictures = {(high, wide): photo.resize((wide, high), Image.Resampling.LANCZOS) for high, wide in sizes}
+            staged.append(StagedPhoto(height, width, pictures))
+        return staged
+
     def start(self, photos: list[Image.Image], **changes: Any) -> "Run":
         """Start a run that has not been advanced."""
         return self.model.start(photos, self.request(photos, **changes), num_threads=1)

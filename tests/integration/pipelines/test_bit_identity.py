@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.loading import _pass_image_positions as pass_image_positions
-from tests.integration.pipelines.conftest import DEFAULTS, Twin
+from tests.integration.pipelines.conftest import DEFAULTS, GENERIC_TWINS, Twin
 
 EXAMPLES = 8
 # Of each twin in turn: what a request for it may say.
@@ -92,7 +92,8 @@ def test_runs_are_the_pipelines_own_calls(twin: Twin, plain_call: Callable[..., 
         photos, changes = wanted[0]
         assert np.array_equal(twin.run(photos, **changes), expected[0])
 
-        runs = [twin.start(photos, **changes) for photos, changes in wanted]
+        # As in a worker: only with the pictures that the family announced.
+        runs = [twin.start(twin.staged(photos, **changes), **changes) for photos, changes in wanted]
         doomed = twin.start(*data.draw(st.tuples(pictures(1))), seed=1)
         waiting = [*runs, doomed]
         while waiting:
@@ -106,3 +107,16 @@ def test_runs_are_the_pipelines_own_calls(twin: Twin, plain_call: Callable[..., 
             assert np.array_equal(twin.pixels(run), pixels)
 
     compare()
+
+
+@pytest.mark.parametrize("name", list(GENERIC_TWINS))
+@pytest.mark.parametrize(("height", "width"), [(301, 200), (77, 333)])
+def test_generic_family_reads_a_photo_only_at_the_sizes_it_announces(
+    load_twin: Callable[[str], Twin], name: str, height: int, width: int
+) -> None:
+    """With nothing of a photo but its pictures at those sizes, each class of another kind makes the same pixels."""
+    twin = load_twin(name)
+    photos = [Image.radial_gradient("L").resize((width, height)).convert("RGB")]
+    changes = {"num_inference_steps": 2}
+
+    assert np.array_equal(twin.run(twin.staged(photos, **changes), **changes), twin.run(photos, **changes))

@@ -28,6 +28,7 @@ from server.ledger.status import WorkerStatus
 from server.registry import Registry, load_registry
 from server.settings import RetentionSettings, Settings, load_settings
 from server.store import Store
+from server.worker.decoding import Decoders
 from tests.integration.worker.lane_kit import LaneKit
 
 OWNER = "ana"
@@ -101,11 +102,11 @@ class Workers:
         """Wait for a call of the API's side."""
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(30)
 
-    def start(self, **environment: str) -> Child:
-        """Start a worker process."""
+    def start(self, *, module: str = "server.cli", **environment: str) -> Child:
+        """Start a worker process; `module` is the command line, or one that wraps it."""
         child = Child(
             f"worker-{len(self.children)}",
-            [sys.executable, "-m", "server.cli", "worker"],
+            [sys.executable, "-m", module, "worker"],
             log_file=self._folder / f"worker-{len(self.children)}.log",
         )
         child.start(os.environ | self.environment | environment)
@@ -335,6 +336,14 @@ def crew(
     workers = Workers(environment | own, tmp_path_factory.mktemp("crew"), s3.store)
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def decoders() -> Iterator[Decoders]:
+    """Give the processes that decode photos for stage threads in this process."""
+    started = Decoders(2, max_pixels=10**8, max_file_bytes=10**8)
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ class LaneKit:
     def __init__(self, workers, *, registry=None, **settings):
         from server.worker.hand import Hand
         from server.worker.lane import Lane
-        from server.worker.main import model_specs
         from server.worker.patience import Outage
         from server.worker.residency import Residency
+        from server.worker.specs import model_specs
 
         self.workers = workers
         self.settings = workers.settings.worker.model_copy(update=settings)
@@ -30,6 +30,9 @@ class LaneKit:
             capacity=self.settings.max_resident_models,
             load_timeout_seconds=120,
             on_change=lambda: None,
+            memory_bytes=self.settings.memory_bytes,
+            retry_seconds=self.settings.model_retry_seconds,
+            in_hand=self.hand.models,
         )
         self.lane = Lane(
             self.residency,
@@ -39,6 +42,7 @@ class LaneKit:
             device="cpu",
             on_image=lambda job, image: self.ended.put((job, image)),
             on_failure=lambda job, error: self.ended.put((job, error)),
+            on_worn_out=lambda: self.ended.put((None, "worn out")),
         )
         self.thread = threading.Thread(target=self.lane.run)
 
@@ -56,6 +60,11 @@ class LaneKit:
             in_hand.photos = [decode_photo(data, max_pixels=10**8)]
             in_hand.params, in_hand.inputs = job.params, job.inputs
         return [claimed[job_id] for job_id in ids]
+
+    def wait_loaded(self, model):
+        """Wait until the lane has loaded a model, and return it: only the lane itself may ask for that."""
+        self.workers.until(f"{model} in memory", lambda: model in self.residency.loaded)
+        return self.residency._loaded[model]
 
     def next_end(self):
         """Wait for the next job to end."""

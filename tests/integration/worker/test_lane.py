@@ -2,33 +2,10 @@
 
 import time
 from dataclasses import replace
-from typing import Any
 
 from server.jobs import Priority
 from server.worker.placement import Swap
 from tests.integration.worker.lane_kit import LaneKit
-
-
-def test_best_job_is_chosen(workers):
-    """The priority decides, then the run under way, then the order of the claims."""
-    from server.worker.hand import JobInHand
-    from server.worker.lane import LaneJob, choose
-
-    photo = workers.upload(workers.picture())
-
-    def job(order, priority, *, has_run=False):
-        run: Any = object() if has_run else None
-        return LaneJob(JobInHand(workers.job(photo, priority=priority), order), run)
-
-    first = job(1, Priority.NORMAL)
-    under_way = job(2, Priority.NORMAL, has_run=True)
-    later = job(3, Priority.NORMAL)
-    urgent = job(4, Priority.HIGH)
-    idle_time = job(0, Priority.LOW, has_run=True)
-
-    assert choose([first, under_way, later, urgent, idle_time]) is urgent
-    assert choose([first, under_way, later, idle_time]) is under_way
-    assert choose([first, later, idle_time]) is first
 
 
 def test_no_step_is_done_after_a_cancel_a_loss_or_a_deadline(workers, running_lane):
@@ -50,7 +27,7 @@ def test_no_step_is_done_after_a_cancel_a_loss_or_a_deadline(workers, running_la
         ended, error = kit.next_end()
         assert ended is in_hand
         assert 3 <= in_hand.step <= last
-        assert not kit.on_device(in_hand)
+        workers.until("an empty device", lambda: not kit.on_device(in_hand))
         return error
 
     with running_lane() as kit:
@@ -84,7 +61,7 @@ def test_one_job_is_on_the_device_at_a_time(workers, running_lane):
         assert kit.next_end()[0] is high
         workers.until("the way back", lambda: kit.on_device(normal))
         assert kit.next_end()[0] is normal
-        assert not kit.on_device(normal)
+        workers.until("an empty device", lambda: not kit.on_device(normal))
         assert not kit.on_device(high)
 
 
@@ -130,7 +107,7 @@ def test_swap_waits_for_the_end_of_a_run(workers, running_lane):
         kit.lane.submit(in_hand)
         while in_hand.step is None:
             time.sleep(0.001)
-        kit.lane.request_swap(Swap(workers.FLUX, evict=workers.QWEN))
+        kit.lane.request_swap(Swap(workers.FLUX, evict=(workers.QWEN,)))
         kit.next_end()
         assert in_hand.step == 30
         workers.until("the swap", lambda: list(kit.residency.resident) == [workers.FLUX])
@@ -159,3 +136,63 @@ def test_weights_that_cannot_be_read_are_reported(workers, tmp_path):
     assert "tiny-flux-kontext" not in residency.usable
     assert "tiny-qwen-image-edit-2511" in residency.usable
     assert str(broken) in (residency.statuses()["tiny-flux-kontext"].reason or "")
+
+
+def test_threads_of_the_cpu_are_few_beside_a_gpu():
+    """What the settings say holds; else a CPU worker takes what torch takes, and one beside a GPU a few."""
+    from server.worker.device import THREADS_BESIDE_GPU, cpu_threads
+
+    assert (cpu_threads(3, "cpu"), cpu_threads(7, "cuda:0")) == (3, 7)
+    assert cpu_threads(None, "cpu") is None
+    assert 1 <= (cpu_threads(None, "cuda:1") or 0) <= THREADS_BESIDE_GPU
+
+
+def test_runs_of_an_exclusive_model_follow_each_other(workers, running_lane):
+    """A `high` job waits for the run under way where its model keeps something from step to step; others step in."""
+    photo = workers.upload(workers.picture())
+    params = {"num_inference_steps": 60, "height": 256, "width": 256}
+    with running_lane(max_resident_models=2) as kit:
+        kit.wait_loaded(workers.FLUX)
+        kit.residency.is_exclusive = lambda model: model == workers.FLUX
+        (slow,) = kit.claim(workers.job(photo, workers.FLUX, params=params))
+        kit.lane.submit(slow)
+        workers.until("a first step", lambda: slow.step)
+        same, other = kit.claim(
+            workers.job(photo, workers.FLUX, priority=Priority.HIGH),
+            workers.job(photo, workers.QWEN, priority=Priority.HIGH),
+        )
+        kit.lane.submit(other)
+        assert kit.next_end()[0] is other
+        kit.lane.submit(same)
+        assert [kit.next_end()[0] for _ in range(2)] == [slow, same]
+
+
+def test_further_models_are_loaded_only_while_there_is_nothing_to_do(workers):
+    """With two models to load at the start, a job of the first waits for no other load, and a stop for none either."""
+    kit = LaneKit(workers, max_resident_models=2)
+    (in_hand,) = kit.claim(workers.job(workers.upload(workers.picture()), workers.QWEN))
+    ended_with, load = [], kit.residency._load
+    kit.residency._load = lambda name: ended_with.append((name, in_hand.has_left_device)) or load(name)
+    kit.thread.start()
+    try:
+        kit.wait_loaded(workers.QWEN)
+        kit.lane.submit(in_hand)
+        assert kit.next_end()[0] is in_hand
+        kit.wait_loaded(workers.FLUX)
+        assert ended_with == [(workers.QWEN, False), (workers.FLUX, True)]
+    finally:
+        kit.lane.stop()
+        kit.thread.join(60)
+    assert not kit.thread.is_alive()
+
+    kit = LaneKit(workers, max_resident_models=2)
+
+    def stop_once_started():
+        if kit.residency.has_started:
+            kit.lane.stop()
+
+    kit.residency._on_change = stop_once_started
+    kit.thread.start()
+    kit.thread.join(60)
+    assert not kit.thread.is_alive()
+    assert kit.residency.loaded == [workers.QWEN]

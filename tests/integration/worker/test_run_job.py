@@ -18,7 +18,7 @@ from server.store import Store
 class RunnerKit:
     """A runner with two stage threads, and a hand for its jobs."""
 
-    def __init__(self, workers, store):
+    def __init__(self, workers, store, decoders):
         from server.worker.hand import Hand
         from server.worker.patience import Outage
         from server.worker.run_job import JobRunner
@@ -38,7 +38,7 @@ class RunnerKit:
             store_outage=Outage("store"),
             ledger_outage=Outage("redis"),
             settings=workers.settings.worker,
-            max_image_pixels=10**8,
+            decoders=decoders,
             pool=self.pool,
             on_bug=self.bugs.append,
         )
@@ -69,12 +69,12 @@ class RunnerKit:
 
 
 @pytest.fixture
-def open_runner(workers):
+def open_runner(workers, decoders):
     """Give a function that makes a runner on a store."""
     opened = []
 
     def make(store):
-        opened.append(RunnerKit(workers, store))
+        opened.append(RunnerKit(workers, store, decoders))
         return opened[-1]
 
     yield make
@@ -223,16 +223,19 @@ def test_result_says_how_it_was_made(open_runner, workers):
     in_hand = kit.claim(data=photo, output=OutputSpec(format="jpeg"), **record)
     kit.stage(in_hand)
     in_hand.weights_sha256 = "a" * 64
+    in_hand.optimizations = {"quantization": "int8"}
     kit.finish(in_hand)
 
     job, data, _ = stored(workers, in_hand.job.id)
     assert job.weights_sha256 == "a" * 64
+    assert job.optimizations == {"quantization": "int8"}
     assert (job.params["height"], job.params["width"]) == (176, 96)
     assert read_record(data) == {
         "job_id": job.id,
         "model": workers.FLUX,
         "model_version": workers.registry.get(workers.FLUX).version,
         "weights_sha256": "a" * 64,
+        "optimizations": {"quantization": "int8"},
         "prompt": record["prompt"],
         "negative_prompt": "clutter",
         "params": job.params,

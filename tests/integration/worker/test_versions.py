@@ -92,3 +92,21 @@ def test_weights_that_were_replaced_are_noticed(workers, running_lane, accept, w
         (folder / MANIFEST_NAME).unlink()
         kit.residency.evict_others(None)
         assert run(kit, accept(weights_sha256=digest))[1].size
+
+
+def test_a_model_runs_as_its_entry_says_or_is_refused(workers, running_lane, accept):
+    """A job is told how its model was run; where that cannot be done here, the model is not ready, and says why."""
+    from pipelines.optimization_params import Optimizations
+
+    wanted = Optimizations(offload="group")
+    with running_lane(registry=registry_of(workers, optimizations=wanted)) as kit:
+        job, image = run(kit, accept())
+        assert image.size
+        assert job.optimizations == {"offload": "group"}
+        assert kit.residency.is_exclusive(workers.QWEN)
+    wanted = Optimizations(attention="flash")
+    with running_lane(registry=registry_of(workers, optimizations=wanted)) as kit:
+        run(kit, accept())
+        status = kit.residency.statuses()[workers.QWEN]
+        assert not status.ready
+        assert status.reason.startswith(f"{workers.QWEN}: optimizations.attention: flash needs CUDA; on cpu there are")

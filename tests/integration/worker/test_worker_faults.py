@@ -13,6 +13,9 @@ from server.jobs import JobStatus
 
 # Some three seconds on an idle machine: time enough to do harm.
 LONG = {"num_inference_steps": 100, "height": 384, "width": 384}
+FAULTY = "tests.integration.worker.faulty_worker"
+# The watchdog waits for the rest of a job's time, and then some.
+HASTY = {"RESTAGE__WORKER__JOB_TIMEOUT_SECONDS": "6", "RESTAGE__WORKER__STEP_GRACE_SECONDS": "0.5"}
 
 
 def test_killed_workers_job_is_done_by_another(crew):
@@ -61,16 +64,32 @@ def test_sigterm_lets_the_jobs_in_hand_finish(crew):
     """After SIGTERM no job is claimed, those in hand are done, the worker takes its leave and ends with status 0."""
     crew.ensure(1)
     photo = crew.upload(crew.picture())
-    jobs = [replace(crew.job(photo, params=LONG), index=0)]
+    jobs = [replace(crew.job(photo, params=LONG | {"height": 512, "width": 512}), index=0)]
     jobs += [replace(crew.job(photo), index=index) for index in range(1, 8)]
     batch_id, first, *_ = crew.submit(*jobs)
     crew.step(first)
     worker = crew.holder(first)
+    decoders = psutil.Process(worker.pid).children()
+    assert decoders
 
+    (worker_id,) = [one.id for one in crew.statuses() if one.pid == worker.pid]
+
+    def is_holder():
+        # Others that were killed before may still stand there for a while.
+        keys = [f"{crew.prefix}:holders:{model}" for model in crew.registry.ids]
+        return any(crew._client.zscore(key, worker_id) is not None for key in keys)
+
+    assert is_holder()
     worker.send_signal(signal.SIGTERM)
+    crew.until("no holder", lambda: not is_holder())
+    assert crew.read(first).status == JobStatus.RUNNING, "it was a holder for as long as it had jobs"
+    (status,) = [one for one in crew.statuses() if one.pid == worker.pid]
+    resident = {model for model, one in status.models.items() if one.resident}
+    assert (status.loading, set(status.leaving)) == (None, resident)
     crew.until("the end of the worker", lambda: not worker.is_running)
 
     assert worker.poll() == 0
+    assert not any(one.is_running() for one in decoders)
     states = [(job.status, job.attempts) for job in crew.wait(crew.api.read_batch(batch_id)).jobs]
     assert states[0] == (JobStatus.SUCCEEDED, 1)
     assert set(states) == {(JobStatus.SUCCEEDED, 1), (JobStatus.QUEUED, 0)}
@@ -104,33 +123,38 @@ def test_second_signal_gives_the_jobs_back_at_once(crew):
     assert crew.finished(batch_id).counts["cancelled"] == 2
 
 
-def test_job_that_kills_its_workers_is_poisoned_and_the_others_are_done(crew):
-    """Three deaths with a job on the device end it; a suspect runs alone, so the jobs beside it lose nothing more."""
-    crew.ensure(2)
+def test_job_that_ends_its_workers_is_poisoned_and_the_others_lose_nothing(crew):
+    """Killed, crashed, hung in native code, each in the midst of a step: the job on the device pays, no other.
+
+    It is a suspect then and runs alone; the third death ends it.
+    """
+    crew.ensure(0)
+    faulty = {fault: crew.start(module=FAULTY, FAULT=fault, **HASTY) for fault in ("kill", "segfault", "native_hang")}
+    crew.wait_ready(3)
     photo = crew.upload(crew.picture())
-    batch_id, poison = crew.submit(crew.job(photo, params=LONG))
-    others_batch, *others = crew.submit(*(crew.job(photo) for _ in range(6)))
-    for death in range(1, 4):
-        if death == 3:
-            crew.ensure(1)
+    batch_id, poison = crew.submit(replace(crew.job(photo, params=LONG), prompt="fault"))
+    others_batch, *others = crew.submit(*(crew.job(photo) for _ in range(8)))
+    for attempt in (2, 3):
 
-        def is_on_device(attempts=death):
-            return crew.read(poison).attempts == attempts and crew.field(poison, "on_device") == "1"
+        def is_on_device(attempt=attempt):
+            return crew.read(poison).attempts == attempt and crew.field(poison, "on_device") == "1"
 
-        crew.until(f"run {death} of the poison", is_on_device)
-        holder, beside = crew.holder(poison), [crew.read(job_id) for job_id in others]
-        if death > 1:
-            in_hand = [
-                job.id for job in beside if job.status is JobStatus.RUNNING and job.worker == crew.read(poison).worker
-            ]
-            assert in_hand == [], "a suspect must run alone"
-        holder.kill_group()
+        crew.until(f"run {attempt} of the poison", is_on_device)
+        worker, beside = crew.read(poison).worker, [crew.read(job_id) for job_id in others]
+        in_hand = [job.id for job in beside if job.status is JobStatus.RUNNING and job.worker == worker]
+        assert in_hand == [], "a suspect must run alone"
 
     (job,) = crew.finished(batch_id).jobs
     assert (job.status, job.error.code, job.attempts) == (JobStatus.FAILED, "poisoned", 3)
+    crew.until("the end of all three", lambda: not crew.alive())
+    ends = {fault: child.poll() for fault, child in faulty.items()}
+    assert ends == {"kill": -signal.SIGKILL, "segfault": -signal.SIGSEGV, "native_hang": 1}
+    assert "Segmentation fault" in faulty["segfault"].tail(200)
+    assert "Timeout (" in faulty["native_hang"].tail(200)
     crew.ensure(1)
-    assert crew.finished(others_batch).counts["succeeded"] == 6
-    assert [crew.field(job_id, "device_deaths") for job_id in others] == ["0"] * 6
+    assert crew.finished(others_batch).counts["succeeded"] == 8
+    costs = [[crew.field(job_id, name) for name in ("errors", "device_deaths", "suspect")] for job_id in others]
+    assert costs == [["0"] * 3] * 8
 
 
 def test_job_that_does_not_fit_fails_and_the_worker_goes_on(crew):
@@ -210,18 +234,16 @@ def test_redis_that_dies_in_mid_job_costs_time_only(new_workers, tmp_path, wait_
 
 def test_step_that_never_ends_ends_the_process(new_workers, valkey):
     """The watchdog ends a worker whose device does not answer, with a traceback; the job is then a suspect."""
-    workers = new_workers(
-        valkey.url, RESTAGE__WORKER__JOB_TIMEOUT_SECONDS="0.2", RESTAGE__WORKER__STEP_GRACE_SECONDS="0.1"
-    )
-    worker = workers.start()
+    workers = new_workers(valkey.url)
+    worker = workers.start(module=FAULTY, FAULT="python_hang", **HASTY)
     workers.wait_ready()
     photo = workers.upload(workers.picture())
-    _, job_id = workers.submit(workers.job(photo, params={"num_inference_steps": 1, "height": 1024, "width": 1024}))
+    _, job_id = workers.submit(replace(workers.job(photo, params=LONG), prompt="fault"))
 
     workers.until("the end of the worker", lambda: not worker.is_running)
 
     assert worker.poll() == 1
-    assert "Timeout (0:00:00.3" in worker.tail(200)
+    assert "Timeout (0:00:0" in worker.tail(200)
     assert "in advance" in worker.tail(200)
     job = workers.until("the sweep", lambda: (job := workers.read(job_id)).status is JobStatus.QUEUED and job)
     assert (job.suspect, job.attempts) == (True, 1)

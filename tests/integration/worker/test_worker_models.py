@@ -31,7 +31,8 @@ def test_models_that_cannot_be_loaded_are_told_before_any_job_of_theirs_is_taken
 ):
     """With room for one model and weights for one of many: it is served, and of each other is said why it is not.
 
-    A job of a damaged model that waits from before the start stays as it is, and the good model stays in memory.
+    A job of a damaged model that waits from before the start stays as it is, and the good model stays in memory. Once
+    the folder is repaired, the same process runs the job.
     """
     folder = tmp_path / "weights"
     shutil.copytree(weights_dir, folder)
@@ -43,9 +44,10 @@ def test_models_that_cannot_be_loaded_are_told_before_any_job_of_theirs_is_taken
         RESTAGE__MODELS__ENABLED=json.dumps([QWEN, FLUX, KLEIN, "flux-kontext-dev"]),
         RESTAGE__WORKER__MAX_RESIDENT_MODELS="1",
         RESTAGE__WORKER__MAX_WAIT_SECONDS="1",
+        RESTAGE__WORKER__MODEL_RETRY_SECONDS="2",
     )
     photo = workers.upload(workers.picture())
-    _, waiting = workers.submit(workers.job(photo, QWEN))
+    repaired_batch, waiting = workers.submit(workers.job(photo, QWEN))
     workers.start()
     workers.wait_ready()
 
@@ -71,9 +73,14 @@ def test_models_that_cannot_be_loaded_are_told_before_any_job_of_theirs_is_taken
     assert (job.status, job.attempts, job.worker) == (JobStatus.QUEUED, 0, None)
     assert "model.evicted" not in workers.logs()
 
+    shutil.copytree(weights_dir / QWEN, folder / QWEN, dirs_exist_ok=True)
+    assert workers.finished(repaired_batch).counts["succeeded"] == 1
+    assert workers.wait(workers.api.model_statuses([QWEN]))[QWEN].ready
+    assert len(workers.alive()) == 1
+
 
 def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
-    new_workers, valkey, weights_dir, tmp_path
+    new_workers, valkey, weights_dir, tmp_path, decoders
 ):
     """Weights that are damaged after the start: the job in hand goes back unharmed, no other is taken, others go on."""
     from server.worker.errors import ModelUnavailable
@@ -101,7 +108,7 @@ def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
         # What placement decided before it knew puts nothing out of memory.
         kit.lane.submit(other)
         assert kit.next_end()[0] is other
-        kit.residency.swap(Swap(load=FLUX, evict=QWEN))
+        kit.residency.swap(Swap(load=FLUX, evict=(QWEN,)))
         assert list(kit.residency.resident) == [QWEN]
     finally:
         kit.lane.stop()
@@ -117,7 +124,7 @@ def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
             store_outage=Outage("store"),
             ledger_outage=Outage("redis"),
             settings=kit.settings,
-            max_image_pixels=10**8,
+            decoders=decoders,
             pool=pool,
             on_bug=bugs.append,
         ).fail(in_hand, error)
@@ -142,23 +149,36 @@ def test_worker_without_any_model_ends_with_status_3(new_workers, valkey, tmp_pa
         assert f"there is no folder {tmp_path / model_id}" in status.reason
 
 
-def test_two_models_share_one_place(new_workers, valkey):
-    """With room for one model both get their turn: the idle one goes, and a busy one after `max_wait_seconds`."""
-    workers = new_workers(valkey.url, RESTAGE__WORKER__MAX_RESIDENT_MODELS="1", RESTAGE__WORKER__MAX_WAIT_SECONDS="1")
+def test_two_workers_serve_three_models_as_the_load_shifts(new_workers, valkey):
+    """With room for one model each, no model waits for the end of another's queue, whichever is asked for most.
+
+    Each model begins within ten times the bound of placement: `max_wait_seconds`, and for each of the two others a turn
+    and a load.
+    """
+    max_wait_seconds, load_seconds = 1.0, 2.0
+    workers = new_workers(
+        valkey.url,
+        RESTAGE__MODELS__ENABLED=json.dumps([QWEN, FLUX, KLEIN]),
+        RESTAGE__WORKER__MAX_RESIDENT_MODELS="1",
+        RESTAGE__WORKER__MAX_WAIT_SECONDS=f"{max_wait_seconds}",
+    )
     workers.start()
-    workers.wait_ready()
+    workers.start()
+    workers.wait_ready(2)
     photo = workers.upload(workers.picture())
-    slow = {"num_inference_steps": 60, "height": 256, "width": 256}
-    qwen = [workers.job(photo, QWEN, params=slow) for _ in range(6)]
-    flux = [workers.job(photo, FLUX) for _ in range(2)]
-    qwen_batch, *_ = workers.submit(*qwen)
-    flux_batch, *_ = workers.submit(*flux)
+    batches = {}
+    for busy, *others in ((QWEN, FLUX, KLEIN), (KLEIN, QWEN, FLUX)):
+        slow = [workers.job(photo, busy, params={"num_inference_steps": 40}) for _ in range(8)]
+        batches[busy, "busy"], *_ = workers.submit(*slow)
+        for model in others:
+            batches[model, busy], *_ = workers.submit(*(workers.job(photo, model) for _ in range(2)))
+    ended = {key: workers.finished(batch_id) for key, batch_id in batches.items()}
 
-    flux_done = workers.finished(flux_batch)
-    qwen_left = workers.wait(workers.api.read_batch(qwen_batch)).counts
-    qwen_done = workers.finished(qwen_batch)
-
-    assert (flux_done.counts["succeeded"], qwen_done.counts["succeeded"]) == (2, 6)
-    assert qwen_left["succeeded"] < 6, "the jobs of the busy model were all done first"
-    loads = [line.split("model=")[1].split()[0] for line in workers.logs().splitlines() if "model.loaded" in line]
-    assert loads == [QWEN, FLUX, QWEN]
+    assert all(batch.counts["succeeded"] == batch.counts["total"] for batch in ended.values())
+    bound_seconds = max_wait_seconds + 2 * (max_wait_seconds + load_seconds)
+    for model in (QWEN, FLUX, KLEIN):
+        first = min((batch for (one, _), batch in ended.items() if one == model), key=lambda batch: batch.created_at_ms)
+        assert (first.started_at_ms or 0) - first.created_at_ms < 10 * bound_seconds * 1000
+    flux_done = ended[FLUX, QWEN].finished_at_ms or 0
+    assert flux_done < (ended[KLEIN, "busy"].finished_at_ms or 0), "the last and longest queue was done first"
+    assert len({job.worker for batch in ended.values() for job in batch.jobs}) == 2
