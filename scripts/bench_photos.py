@@ -1,4 +1,4 @@
-"""Makes photos for benchmarks: JPEGs of noise, no two alike, of the size in bytes that is asked for."""
+"""Makes photos for benchmarks, no two alike: JPEGs of noise by size in bytes, or a camera's by size in pixels."""
 
 import hashlib
 import io
@@ -56,3 +56,29 @@ def _encode_noise(num_pixels: float, seeds: Sequence[int]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise).save(buffer, "JPEG", quality=_QUALITY)
     return buffer.getvalue()
+
+
+def make_camera_photos(folder: Path, megapixels: Sequence[float], *, seed: int) -> list[Photo]:
+    """Make JPEGs that take as long to read and to scale as those of a camera: soft shapes under a little grain.
+
+    Args:
+        folder: that they are written to; made if missing.
+        megapixels: of each photo.
+        seed: the same seed makes the same photos.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_make_camera_photo(folder, size, (seed, index)) for index, size in enumerate(megapixels)]
+
+
+def _make_camera_photo(folder: Path, megapixels: float, seeds: Sequence[int]) -> Photo:
+    draw = np.random.default_rng(seeds)
+    width = round((megapixels * 1e6 * 4 / 3) ** 0.5)
+    height = round(megapixels * 1e6 / width)
+    shapes = Image.fromarray(draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height))
+    grain = draw.integers(-6, 7, (height, width, 1), dtype=np.int16)
+    pixels = np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    path = folder / f"camera-{seeds[-1] + 1:02d}.jpg"
+    path.write_bytes(buffer.getvalue())
+    return Photo(path, len(buffer.getvalue()), hashlib.sha256(buffer.getvalue()).hexdigest())

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ from server.settings import Settings, load_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = "tiny-qwen-image-edit-2511"
+# What `restage` is, for the interpreter that runs the benchmark.
+RESTAGE = ("-m", "server.cli")
 _PATIENCE_SECONDS = 60.0
 _STOP_SECONDS = 10.0
 
@@ -107,10 +109,11 @@ class Servers:
             client.flushall()
 
     @contextmanager
-    def api(self, **environment: str) -> Iterator[Api]:
+    def api(self, program: Sequence[str] = RESTAGE, **environment: str) -> Iterator[Api]:
         """Start an API process on an empty ledger and stop it at the end.
 
         Args:
+            program: what is called with `api`.
             **environment: settings of its own, such as `RESTAGE__STORE__PUBLIC_ENDPOINT`.
 
         Raises:
@@ -118,11 +121,22 @@ class Servers:
         """
         self.empty_ledger()
         port = free_ports(1)[0]
-        command = [sys.executable, "-m", "server.cli", "api"]
+        command = [sys.executable, *program, "api"]
         with self._running("api", command, self.environment(RESTAGE__SERVER__PORT=str(port), **environment)) as child:
             api = Api(child, port)
-            _wait_until(lambda: _answers(api), child)
+            wait_until(lambda: _answers(api), child)
             yield api
+
+    @contextmanager
+    def worker(self, program: Sequence[str] = RESTAGE, **environment: str) -> Iterator[Child]:
+        """Start a worker process and stop it at the end; the API tells when it is ready.
+
+        Args:
+            program: what is called with `worker`.
+            **environment: settings of its own.
+        """
+        with self._running("worker", [sys.executable, *program, "worker"], self.environment(**environment)) as child:
+            yield child
 
     @contextmanager
     def proxy(self, targets: Mapping[int, int], *, rtt_ms: float) -> Iterator[None]:
@@ -131,7 +145,7 @@ class Servers:
         command = [sys.executable, str(REPOSITORY / "scripts" / "bench_proxy.py"), "--rtt-ms", str(rtt_ms), *pairs]
         with self._running("proxy", command, dict(os.environ)) as child:
             # A port on which something listens is not free.
-            _wait_until(lambda: not any(is_free(port) for port in targets), child)
+            wait_until(lambda: not any(is_free(port) for port in targets), child)
             yield
 
     @contextmanager
@@ -153,7 +167,12 @@ def _answers(api: Api) -> bool:
         return False
 
 
-def _wait_until(check: Callable[[], bool], child: Child) -> None:
+def wait_until(check: Callable[[], bool], child: Child) -> None:
+    """Wait for what a child brings about.
+
+    Raises:
+        BenchFailed: it ended first, or nothing came in a minute.
+    """
     give_up_at = time.monotonic() + _PATIENCE_SECONDS
     while not check():
         if not child.is_running:

@@ -18,6 +18,7 @@ import httpx
 from bench_answers import measure_forms, measure_status
 from bench_ledger import measure_submit
 from bench_memory import measure_memory
+from bench_options import count, list_of, one_of
 from bench_photos import Photo, make_photos
 from bench_report import Figure, as_json, as_markdown, describe_machine
 from bench_servers import BenchFailed, Servers
@@ -87,33 +88,14 @@ def read_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", type=_list_of(_part), default=[*PARTS], help=f"some of {','.join(PARTS)} (default: all)")
-    add("--rtt", type=_list_of(_milliseconds), default=[0, 30, 60], help="round trips in ms (default: 0,30,60)")
-    add("--photos-kb", type=_list_of(_count), default=[300, 5000], help="sizes of photos (default: 300,5000)")
-    add("--repetitions", type=_count, default=3, help="runs with photos under 1 MB (default: 3); larger ones get one")
-    add("--calls", type=_count, default=40, help="calls of which a median is taken (default: 40)")
-    add("--seed", type=_count, default=7, help="of the photos (default: 7)")
+    add("--only", type=list_of(one_of(PARTS)), default=[*PARTS], help=f"some of {','.join(PARTS)} (default: all)")
+    add("--rtt", type=list_of(_milliseconds), default=[0, 30, 60], help="round trips in ms (default: 0,30,60)")
+    add("--photos-kb", type=list_of(count), default=[300, 5000], help="sizes of photos (default: 300,5000)")
+    add("--repetitions", type=count, default=3, help="runs with photos under 1 MB (default: 3); larger ones get one")
+    add("--calls", type=count, default=40, help="calls of which a median is taken (default: 40)")
+    add("--seed", type=count, default=7, help="of the photos (default: 7)")
     add("--json", type=Path, metavar="FILE", help="write the figures there as well")
     return parser.parse_args()
-
-
-def _list_of(read: Callable[[str], object]) -> Callable[[str], list[object]]:
-    def read_list(text: str) -> list[object]:
-        return [read(part) for part in text.split(",")]
-
-    return read_list
-
-
-def _part(text: str) -> str:
-    if text not in PARTS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {','.join(PARTS)}")
-    return text
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
 
 
 def _milliseconds(text: str) -> float:

@@ -1,0 +1,1 @@
+"""A family for benchmarks alone: its steps wait on a timer, as a lane waits for a device."""
