@@ -1,6 +1,5 @@
 """The one thread that runs torch: it takes the best job one step further, again and again."""
 
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -126,7 +125,6 @@ class Lane:
             torch.set_num_threads(self._num_threads)
         self._residency.check_all()
         self._residency.preload()
-        _set_garbage_aside()
         while self._wait_for_work():
             self._drop_unwanted()
             if swap := self._take_swap():
@@ -156,10 +154,7 @@ class Lane:
 
     def _preload_next(self) -> None:
         self._clear_device()
-        num_loaded = len(self._residency.loaded)
         self._is_preloading = self._residency.preload_next()
-        if len(self._residency.loaded) != num_loaded:
-            _set_garbage_aside()
 
     def _drop_unwanted(self) -> None:
         for job in [one for one in self._jobs if one.in_hand.is_flagged]:
@@ -191,7 +186,6 @@ class Lane:
     def _swap_models(self, swap: Swap) -> None:
         self._clear_device()
         self._residency.swap(swap)
-        _set_garbage_aside()
 
     def _advance(self, job: LaneJob) -> None:
         started = time.monotonic()
@@ -227,10 +221,7 @@ class Lane:
         name = self._residency.name_of(in_hand.job)
         if name not in self._residency.loaded:
             self._clear_device()  # should the load end the process, no job is to blame
-            model = self._residency.require(name)
-            _set_garbage_aside()
-        else:
-            model = self._residency.require(name)
+        model = self._residency.require(name)
         if job.run is None:
             self._admit(job, name)
         self._residency.check_same_weights(in_hand.job, name)
@@ -241,11 +232,8 @@ class Lane:
         if job.had_room:
             self._empty_device_for(name)  # others may have come since
             return
-        params, num_loaded = job.in_hand.params, len(self._residency.loaded)
-        num_photos = len(job.in_hand.photos)
+        params, num_photos = job.in_hand.params, len(job.in_hand.photos)
         self._residency.make_room(name, height=params["height"], width=params["width"], num_photos=num_photos)
-        if len(self._residency.loaded) < num_loaded:
-            _set_garbage_aside()
 
     def _run_step(self, job: LaneJob, model: LoadedModel) -> None:
         in_hand = job.in_hand
@@ -296,9 +284,6 @@ class Lane:
         for one in self._jobs:
             self._drop_run(one)
         self._residency.evict_others(name)
-        _set_garbage_aside()  # what the failed run left behind holds memory too
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
     def _judge_memory(self, job: LaneJob, error: Exception | None) -> Exception | None:
         """Learn from a run's end; one that did not fit where one as large did is no fault of the job's."""
@@ -358,9 +343,3 @@ class Lane:
         except LedgerUnavailable as error:
             # Not worth waiting for: at worst the job runs alone once, should this process die before it is settled.
             self._outage.note(error)
-
-
-def _set_garbage_aside() -> None:
-    """Keep the collector off all that is there now: a look at everything would take tenths of a second of some run."""
-    gc.collect()
-    gc.freeze()
