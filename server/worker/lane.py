@@ -218,14 +218,14 @@ class Lane:
 
     def _require(self, job: LaneJob) -> LoadedModel:
         in_hand = job.in_hand
-        name = self._residency.name_of(in_hand.job)
+        name = self._residency.versions.name_of(in_hand.job)
         if name not in self._residency.loaded:
             self._clear_device()  # should the load end the process, no job is to blame
         model = self._residency.require(name)
         if job.run is None:
             self._admit(job, name)
-        self._residency.check_same_weights(in_hand.job, name)
-        in_hand.weights_sha256 = self._residency.weights_sha256(name)
+        self._residency.versions.check_same_weights(in_hand.job, name)
+        in_hand.weights_sha256 = self._residency.versions.weights_sha256(name)
         return model
 
     def _admit(self, job: LaneJob, name: str) -> None:
@@ -278,7 +278,7 @@ class Lane:
     def _make_room(self, job: LaneJob) -> None:
         log.warning("device.full", device=self._device, job=job.in_hand.job.id, model=job.in_hand.job.model)
         job.had_room = True
-        self._empty_device_for(self._residency.name_of(job.in_hand.job))
+        self._empty_device_for(self._residency.versions.name_of(job.in_hand.job))
 
     def _empty_device_for(self, name: str) -> None:
         for one in self._jobs:
@@ -313,7 +313,7 @@ class Lane:
     def _drop_runs_of(self, name: str) -> None:
         """Close the runs of a model that leaves memory, which they would keep; they begin anew."""
         for job in self._jobs:
-            if job.run and self._residency.name_of(job.in_hand.job) == name:
+            if job.run and self._residency.versions.name_of(job.in_hand.job) == name:
                 self._drop_run(job)
 
     def _put_on_device(self, job: LaneJob) -> None:

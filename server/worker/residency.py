@@ -12,31 +12,17 @@ import torch
 
 from pipelines.errors import OutOfMemory, PipelineError, WeightsMissing
 from pipelines.loading import LoadedModel, ModelSpec, check_loadable, load_model
-from pipelines.manifest import read_manifest, weights_sha256
-from server.jobs import Job
 from server.ledger.status import WorkerMemory, WorkerModel
 from server.worker.device import end_if_lost
-from server.worker.errors import ModelChanged, ModelUnavailable
+from server.worker.errors import ModelUnavailable
 from server.worker.memory import DeviceMemory
 from server.worker.placement import Resident, Room, Swap
 from server.worker.refusals import STARTING, Refusals
 from server.worker.run_job import failure_of
+from server.worker.versions import Versions
 from server.worker.watchdog import watchdog
 
 log = structlog.stdlib.get_logger()
-
-
-@dataclass(frozen=True)
-class _Identity:
-    """Which weights a model has: what its manifest says, or nothing where it has none."""
-
-    revision: str | None = None
-    weights_sha256: str | None = None
-
-
-def _identify(spec: ModelSpec) -> _Identity:
-    manifest = read_manifest(spec.weights_dir)
-    return _Identity() if manifest is None else _Identity(manifest.revision, weights_sha256(manifest))
 
 
 @dataclass(frozen=True)
@@ -62,6 +48,7 @@ class Residency:
         in_hand: gives the models that jobs in hand still need: they leave memory last.
 
     Attributes:
+        versions: of the models, and which weights each has.
         let_go: called with the name of what is about to leave memory; the lane closes its runs.
         swapped: the last swap that was done, or given up.
         is_preloading: whether the lane may be in the load of a model that nobody waits for.
@@ -85,10 +72,10 @@ class Residency:
         self._load_timeout_seconds = load_timeout_seconds
         self._on_change = on_change
         self._in_hand = in_hand
+        self.versions = Versions(specs)
         self._memory = DeviceMemory(device, memory_bytes=memory_bytes, max_models=capacity)
         self._refusals = Refusals(specs, retry_seconds=retry_seconds)
         self._loaded: dict[str, LoadedModel] = {}
-        self._identities: dict[str, _Identity] = {}
         # Replaced as a whole, so that other threads always see a finished one.
         self._stays: Mapping[str, _Stay] = {}
         self._left_at: Mapping[str, float] = {}
@@ -170,48 +157,13 @@ class Residency:
                 resident=stay is not None,
                 reason=reasons.get(model),
                 version=self._specs[model].version,
-                revision=self._identity(model).revision,
-                weights_sha256=self._identity(model).weights_sha256,
+                revision=self.versions.revision(model),
+                weights_sha256=self.versions.weights_sha256(model),
                 weights_bytes=sizes[model].weights_bytes if model in sizes else None,
                 loaded_seconds=round(now - stay.since, 3) if stay else None,
                 idle_seconds=round(now - stay.used_at, 3) if stay else None,
             )
         return statuses
-
-    def weights_sha256(self, name: str) -> str | None:
-        """Return the digest of a model's manifest, as it was when its weights were last read; None without one."""
-        return self._identity(name).weights_sha256
-
-    def _identity(self, name: str) -> "_Identity":
-        return self._identities.get(name, _Identity())
-
-    def name_of(self, job: Job) -> str:
-        """Return under which name the version is held that a job was accepted for.
-
-        Raises:
-            ModelChanged: this worker has no such version.
-        """
-        versions = {spec.version: name for name, spec in self._specs.items() if spec.id == job.model}
-        if job.model_version not in versions:
-            there = ", ".join(versions)
-            raise ModelChanged(
-                f"The job was accepted for version {job.model_version} of {job.model}; this server has {there} now. "
-                "Submit it again."
-            )
-        return versions[job.model_version]
-
-    def check_same_weights(self, job: Job, name: str) -> None:
-        """Make sure that the weights are those that the job was accepted for, where both are known.
-
-        Raises:
-            ModelChanged: they are others.
-        """
-        now = self.weights_sha256(name)
-        if job.weights_sha256 is not None and now is not None and now != job.weights_sha256:
-            raise ModelChanged(
-                f"The weights of {job.model} {job.model_version} are not those that the job was accepted for. "
-                "Submit it again."
-            )
 
     def check_all(self) -> None:
         """Find out which models could be loaded, without loading any, so that no job of another is ever taken."""
@@ -315,7 +267,7 @@ class Residency:
         started = time.monotonic()
         with watchdog(self._load_timeout_seconds):
             check_loadable(self._specs[name], self._device)
-            self._identities[name] = _identify(self._specs[name])
+            self.versions.identify(name)
             self._memory.count(name, self._specs[name])
         log.info("model.checked", model=name, seconds=round(time.monotonic() - started, 1))
 
@@ -347,7 +299,7 @@ class Residency:
         with watchdog(self._load_timeout_seconds):
             spec = self._specs[name]
             # Before the weights: should they be replaced meanwhile, a job that was accepted for these must not run.
-            self._identities[name] = _identify(spec)
+            self.versions.identify(name)
             self._loaded[name] = load_model(spec, self._device)
             _set_garbage_aside()
         now = time.monotonic()
