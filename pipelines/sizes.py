@@ -146,7 +146,7 @@ class SizeParams(BaseModel):
         photo_height: int,
         photo_width: int,
         area: int,
-        params: Mapping[str, Any],  # noqa: ARG003 (of use to other families)
+        params: Mapping[str, Any],  # noqa: ARG003 (of use to families that read the first photo as large as the output)
         *,
         is_first: bool,  # noqa: ARG003
     ) -> list[tuple[int, int]]:
@@ -162,6 +162,11 @@ class SizeParams(BaseModel):
         Returns:
             Each (height, width), in pixels, that the family or its pipeline scales the photo to; no others.
         """
+        return cls.photo_sizes(photo_height, photo_width, area)
+
+    @classmethod
+    def photo_sizes(cls, photo_height: int, photo_width: int, area: int) -> list[tuple[int, int]]:
+        """Tell what `reading_sizes` does, where neither the parameters nor the photo's place matter."""
         return [size_of_area(photo_width / photo_height, area)]
 
     def resolved(self, photo_height: int, photo_width: int, area: int, seed: int) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The parameters of FLUX.2 [klein], published as a JSON Schema and checked at submission."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -70,14 +69,6 @@ class Params(SizeParams):
         return super().output_size(photo_height, photo_width, area)
 
     @classmethod
-    def reading_sizes(
-        cls,
-        photo_height: int,
-        photo_width: int,
-        area: int,
-        params: Mapping[str, Any],  # noqa: ARG003
-        *,
-        is_first: bool,  # noqa: ARG003
-    ) -> list[tuple[int, int]]:
-        """Tell at which sizes a run reads a photo, as `SizeParams.reading_sizes` does."""
+    def photo_sizes(cls, photo_height: int, photo_width: int, area: int) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, as `SizeParams.photo_sizes` does."""
         return [reference_size(photo_height, photo_width, area)]

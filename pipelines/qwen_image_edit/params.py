@@ -1,7 +1,6 @@
 """The parameters of the original Qwen-Image-Edit, published as a JSON Schema and checked at submission."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -17,14 +16,6 @@ class Params(QwenParams):
     num_inference_steps: int = Field(default=50, ge=2, le=100, description="Denoising steps; time grows with them.")
 
     @classmethod
-    def reading_sizes(
-        cls,
-        photo_height: int,
-        photo_width: int,
-        area: int,
-        params: Mapping[str, Any],  # noqa: ARG003
-        *,
-        is_first: bool,  # noqa: ARG003
-    ) -> list[tuple[int, int]]:
-        """Tell at which sizes a run reads a photo, as `SizeParams.reading_sizes` does."""
+    def photo_sizes(cls, photo_height: int, photo_width: int, area: int) -> list[tuple[int, int]]:
+        """Tell at which sizes a run reads a photo, as `SizeParams.photo_sizes` does."""
         return [pipeline_size(photo_height, photo_width, area)]
