@@ -46,6 +46,24 @@ class LaneKit:
         )
         self.thread = threading.Thread(target=self.lane.run)
 
+    def runner(self, decoders, pool, on_bug):
+        """Make the stage threads' side of the same ledger and hand."""
+        from server.worker.patience import Outage
+        from server.worker.run_job import JobRunner
+
+        return JobRunner(
+            registry=self.workers.registry,
+            store=self.workers.store,
+            ledger=self.ledger,
+            hand=self.hand,
+            store_outage=Outage("store"),
+            ledger_outage=Outage("redis"),
+            settings=self.settings,
+            decoders=decoders,
+            pool=pool,
+            on_bug=on_bug,
+        )
+
     def claim(self, *jobs):
         """Have jobs accepted, claimed and staged; returns them in the order of `jobs`."""
         from pipelines.photos import decode_photo

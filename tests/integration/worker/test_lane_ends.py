@@ -30,28 +30,11 @@ def called_first(owner, name, act):
 
 
 @pytest.fixture
-def open_runner(workers, decoders):
+def open_runner(decoders):
     """Give a function that makes the stage threads of a lane kit."""
     pool = ThreadPoolExecutor(2)
 
-    def make(kit):
-        from server.worker.patience import Outage
-        from server.worker.run_job import JobRunner
-
-        return JobRunner(
-            registry=workers.registry,
-            store=workers.store,
-            ledger=kit.ledger,
-            hand=kit.hand,
-            store_outage=Outage("store"),
-            ledger_outage=Outage("redis"),
-            settings=kit.settings,
-            decoders=decoders,
-            pool=pool,
-            on_bug=lambda error: pytest.fail(repr(error)),
-        )
-
-    yield make
+    yield lambda kit: kit.runner(decoders, pool, lambda error: pytest.fail(repr(error)))
     pool.shutdown()
 
 

@@ -84,8 +84,6 @@ def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
 ):
     """Weights that are damaged after the start: the job in hand goes back unharmed, no other is taken, others go on."""
     from server.worker.errors import ModelUnavailable
-    from server.worker.patience import Outage
-    from server.worker.run_job import JobRunner
 
     folder = tmp_path / "weights"
     shutil.copytree(weights_dir, folder)
@@ -116,18 +114,7 @@ def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
 
     bugs = []
     with ThreadPoolExecutor(1) as pool:
-        JobRunner(
-            registry=workers.registry,
-            store=workers.store,
-            ledger=kit.ledger,
-            hand=kit.hand,
-            store_outage=Outage("store"),
-            ledger_outage=Outage("redis"),
-            settings=kit.settings,
-            decoders=decoders,
-            pool=pool,
-            on_bug=bugs.append,
-        ).fail(in_hand, error)
+        kit.runner(decoders, pool, bugs.append).fail(in_hand, error)
     assert bugs == []
     job = workers.read(in_hand.job.id)
     assert (job.status, job.error) == (JobStatus.QUEUED, None)
