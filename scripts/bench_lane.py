@@ -9,28 +9,24 @@ reach it.
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 
-import httpx
 import psutil
 from bench_busy import measure_busy, measure_high
 from bench_idle import measure_idle
 from bench_kontext import measure_kontext
 from bench_options import count, list_of, one_of
 from bench_photos import make_camera_photos
-from bench_report import Figure, as_json, as_markdown, describe_machine
-from bench_servers import BenchFailed, Servers
+from bench_report import Figure
+from bench_run import FAILURES, BenchRun
+from bench_servers import Servers
 from bench_stack import Stack, open_timer_stack
 from bench_swaps import measure_swaps
-
-from server.embedded import EmbeddedServerFailed
 
 PARTS = ("kontext", "idle", "high", "busy", "swaps")
 
@@ -38,12 +34,7 @@ PARTS = ("kontext", "idle", "high", "busy", "swaps")
 def main() -> int:
     """Measure, print, and clean up whatever happens."""
     options = read_options()
-    # Ends as Ctrl-C does, so that servers and folder go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    machine = describe_machine()
-    print("\n".join(f"{name}: {text}" for name, text in machine.items()))
-    print(f"seed: {options.seed}\n", flush=True)
-    start, busy_before = time.monotonic(), busy_seconds()
+    run, busy_before = BenchRun(options), busy_seconds()
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="restage-bench-") as folder:
         try:
@@ -51,18 +42,13 @@ def main() -> int:
                 for figure in measure(servers, options):
                     print(figure, flush=True)
                     figures.append(figure)
-        except (BenchFailed, EmbeddedServerFailed, httpx.TransportError) as error:
+        except FAILURES as error:
             print(f"bench_lane: {error}", file=sys.stderr)
             return 1
-    seconds = time.monotonic() - start
     # All that we started has ended, and counts as ours.
-    machine["others meanwhile"] = (
-        f"{(busy_seconds() - busy_before - sum(os.times()[:4])) / seconds:.2f} cores on average"
-    )
-    print(f"\n{as_markdown(figures)}\n\ntook {seconds:.0f} s; others used {machine['others meanwhile']}")
-    if options.json:
-        run = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(as_json(figures, machine, run) + "\n")
+    others = f"{(busy_seconds() - busy_before - sum(os.times()[:4])) / run.seconds:.2f} cores on average"
+    run.machine["others meanwhile"] = others
+    run.finish(figures, remark=f"; others used {others}")
     return 0
 
 

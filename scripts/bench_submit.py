@@ -6,25 +6,21 @@ also where a target is missed, and 1 where something could not be measured.
 """
 
 import argparse
-import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-import httpx
 from bench_answers import measure_forms, measure_status
 from bench_ledger import measure_submit
 from bench_memory import measure_memory
 from bench_options import count, list_of, one_of
 from bench_photos import Photo, make_photos
-from bench_report import Figure, as_json, as_markdown, describe_machine
-from bench_servers import BenchFailed, Servers
+from bench_report import Figure
+from bench_run import FAILURES, BenchRun
+from bench_servers import Servers
 from bench_uploads import measure_uploads
-
-from server.embedded import EmbeddedServerFailed
 
 PARTS = ("upload", "submit", "forms", "status", "memory")
 NUM_PHOTOS = 50
@@ -35,12 +31,7 @@ _STATUS_KB = 300
 def main() -> int:
     """Measure, print, and clean up whatever happens."""
     options = read_options()
-    # Ends as Ctrl-C does, so that servers and folder go.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    machine = describe_machine()
-    print("\n".join(f"{name}: {text}" for name, text in machine.items()))
-    print(f"seed: {options.seed}\n", flush=True)
-    start = time.monotonic()
+    run = BenchRun(options)
     figures: list[Figure] = []
     with tempfile.TemporaryDirectory(prefix="restage-bench-") as folder:
         try:
@@ -49,13 +40,10 @@ def main() -> int:
                     for figure in part():
                         print(figure, flush=True)
                         figures.append(figure)
-        except (BenchFailed, EmbeddedServerFailed, httpx.TransportError) as error:
+        except FAILURES as error:
             print(f"bench_submit: {error}", file=sys.stderr)
             return 1
-    print(f"\n{as_markdown(figures)}\n\ntook {time.monotonic() - start:.0f} s")
-    if options.json:
-        run = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(as_json(figures, machine, run) + "\n")
+    run.finish(figures)
     return 0
 
 

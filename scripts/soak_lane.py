@@ -18,14 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 from bench_options import count
 from bench_photos import make_camera_photos
-from bench_report import Figure, Target, as_json, as_markdown, describe_machine
+from bench_report import Figure, Target
+from bench_run import FAILURES, BenchRun
 from bench_servers import REPOSITORY, BenchFailed, Servers
 from bench_stack import KONTEXT_MODEL, Stack, open_stack
-
-from server.embedded import EmbeddedServerFailed
 
 TARGET = Target("at most", 1.1)
 _WORKER = (str(REPOSITORY / "scripts" / "soak_worker.py"),)
@@ -49,27 +47,17 @@ class Wave:
 def main() -> int:
     """Measure, print, and clean up whatever happens."""
     options = read_options()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    machine = describe_machine()
-    print("\n".join(f"{name}: {text}" for name, text in machine.items()))
-    print(f"seed: {options.seed}\n", flush=True)
-    start = time.monotonic()
+    run = BenchRun(options)
     waves: list[Wave] = []
     with tempfile.TemporaryDirectory(prefix="restage-soak-") as folder:
         try:
             for wave in soak(Path(folder), options):
                 waves.append(wave)
                 print(f"{len(waves) * options.wave} jobs: {wave.rss_bytes / 1e6:.1f} MB", flush=True)
-        except (BenchFailed, EmbeddedServerFailed, httpx.TransportError) as error:
+        except FAILURES as error:
             print(f"soak_lane: {error}", file=sys.stderr)
             return 1
-    figure = describe(waves, options.wave)
-    print(f"\n{as_markdown([figure])}\n\ntook {time.monotonic() - start:.0f} s")
-    if options.json:
-        run = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(
-            as_json([figure], machine, run | {"rss_bytes": [one.rss_bytes for one in waves]}) + "\n"
-        )
+    run.finish([describe(waves, options.wave)], rss_bytes=[one.rss_bytes for one in waves])
     return 0
 
 
