@@ -327,11 +327,14 @@ def test_cancel_and_retry(client) -> None:
     steps = end["jobs"][0]["progress"]
     assert steps is None or steps["step"] < 100
 
+    # A worker with a free hand would have it before the answer is read.
+    long_batch = keep_busy(client)
     assert client.call("POST", f"/v1/jobs/{first}/retry").json()["status"] == "queued"
     check_problem(client.call("POST", f"/v1/jobs/{first}/retry"), 409, "conflict")
     response = client.call("POST", f"/v1/batches/{batch['id']}/retry")
     assert response.status_code == 200
     assert [job["id"] for job in response.json()["jobs"]] == [first, second]
+    assert client.call("POST", f"/v1/batches/{long_batch['id']}/cancel").status_code == 200
     end = client.finished(batch["id"])
     assert end["counts"]["succeeded"] == 2
     check_problem(client.call("POST", f"/v1/batches/{batch['id']}/retry"), 409, "conflict")
