@@ -68,7 +68,15 @@ class LoadedModel:
         self._loras.switch(self.pipeline, loras)
         scheduler = self._loras.make_scheduler(self.pipeline, loras)
         around = partial(cached_steps, self.pipeline, self.spec.optimizations, call.kwargs["num_inference_steps"])
-        run = Run(self.pipeline, call, scheduler=scheduler, device=self._device, num_threads=num_threads, around=around)
+        run = Run(
+            self.pipeline,
+            call,
+            scheduler=scheduler,
+            device=self._device,
+            num_threads=num_threads,
+            around=around,
+            has_hooks=self.spec.exclusive,
+        )
         self._runs.add(run)
         return run
 

@@ -94,6 +94,7 @@ class Run:
         device: where the pipeline computes; found out when left out, which takes longer than all else here.
         num_threads: CPU threads that torch may use; its own choice when left out.
         around: makes a context that is open while the pipeline is called, in the run's own thread.
+        has_hooks: whether the model has hooks that keep something of a run, or move weights.
 
     Attributes:
         step: number of steps that are done.
@@ -110,6 +111,7 @@ class Run:
         device: torch.device | None = None,
         num_threads: int | None = None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        has_hooks: bool = True,
     ) -> None:
         # The scheduler counts steps and the call keeps state on the pipeline: both are this run's own. The models,
         # which hold the memory, are shared.
@@ -119,6 +121,7 @@ class Run:
         self._call = call
         self._num_threads = num_threads
         self._around = around
+        self._has_hooks = has_hooks
         self._thread: threading.Thread | None = None
         # Queues that are made in C: a semaphore of Python's would cost more than the hand-over itself.
         self._may_run: SimpleQueue[None] = SimpleQueue()
@@ -135,8 +138,11 @@ class Run:
         """Whether it may still go on: neither finished, nor failed, nor closed."""
         return not self._closing
 
-    def advance(self) -> bool:
+    def advance(self, meanwhile: Callable[[], None] | None = None) -> bool:
         """Run to the next step boundary; the first call also encodes prompt and photo, the last also decodes.
+
+        Args:
+            meanwhile: called while the pipeline works; it must not raise, nor run torch.
 
         Returns:
             True while more steps are to come, False when `image` is there.
@@ -153,10 +159,10 @@ class Run:
             self._thread = threading.Thread(target=self._run, name="pipeline-run", daemon=True)
             with self._call.first_advance():
                 self._thread.start()
-                self._handed_back.get()
+                self._await_baton(meanwhile)
         else:
             self._may_run.put(None)
-            self._handed_back.get()
+            self._await_baton(meanwhile)
         if self._error is None and self.image is None:
             return True
         self.close()
@@ -166,6 +172,11 @@ class Run:
                 error = OutOfMemory(f"too little memory for the run: {one_line(error)}")
             raise error from RunTraceback(self._traceback)
         return False
+
+    def _await_baton(self, meanwhile: Callable[[], None] | None) -> None:
+        if meanwhile is not None:
+            meanwhile()
+        self._handed_back.get()
 
     def close(self) -> None:
         """Give the run up if it is not finished, and let go of all that it holds; may be called again at any time."""
@@ -187,8 +198,9 @@ class Run:
                 with self._around():
                     self._finish(self._pipeline(**self._call.kwargs, **self._callback()))
             finally:
-                # At whichever end: what hooks keep of this run must not reach the next.
-                self._pipeline.maybe_free_model_hooks()
+                # What hooks keep of a run must not reach the next. At a good end most pipelines see to it themselves.
+                if self._has_hooks or self.image is None:
+                    self._pipeline.maybe_free_model_hooks()
         except RunClosed:
             pass
         except BaseException as error:  # noqa: BLE001 - carried to the lane, where advance() raises it

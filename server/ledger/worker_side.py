@@ -4,7 +4,7 @@ import json
 import threading
 import uuid
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -17,6 +17,7 @@ from server.eta import RUN
 from server.jobs import Job, JobInput, JobOutput
 from server.ledger.records import dump, parse_job
 from server.ledger.scripts import as_map, script_keys, script_text, unavailable
+from server.ledger.sent import SentScript
 from server.ledger.status import WorkerStatus, worker_fields
 from server.settings import RedisSettings
 
@@ -65,6 +66,36 @@ class HeldJob:
     total_steps: int | None = None
 
 
+class SentStart:
+    """A START on its way."""
+
+    def __init__(self, sent: SentScript) -> None:
+        self._sent = sent
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether Redis has got it; if not, `reply` sends it."""
+        return self._sent.is_sent
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether `reply` need not wait."""
+        return self._sent.is_answered
+
+    def reply(self) -> Reply:
+        """Wait for the answer; called again after an error, it says the same once more and waits for that.
+
+        Raises:
+            LedgerUnavailable: Redis does not serve.
+        """
+        with ledger_errors():
+            return cast("Reply", self._sent.answer())
+
+
+def _start_arguments(job_id: str, fence: int, on_device: bool, instead_of: HeldJob | None) -> tuple[object, ...]:
+    return job_id, fence, int(on_device), *((instead_of.job_id, instead_of.fence) if instead_of else ())
+
+
 def _encodable(text: str) -> str:
     """Escape what UTF-8 cannot say: an exception may quote a file name that is not text, and must still be recorded."""
     return text.encode("utf-8", "backslashreplace").decode()
@@ -111,6 +142,7 @@ class WorkerLedger:
         self._claiming = threading.Lock()
         # A token that is kept until its answer arrived makes a claim safe to repeat.
         self._claim_token: str | None = None
+        self._has_loaded_start = False
         # The models of the last announcement: `leave` takes the worker out of their holders.
         self._announced: tuple[str, ...] = ()
 
@@ -136,8 +168,20 @@ class WorkerLedger:
 
     def start(self, job_id: str, fence: int, *, on_device: bool, instead_of: HeldJob | None = None) -> Reply:
         """Say that the job goes on the device now, or has left it; `instead_of` leaves it in the same moment."""
-        leaving = (instead_of.job_id, instead_of.fence) if instead_of else ()
-        return cast("Reply", self._run("start", job_id, fence, int(on_device), *leaving))
+        return cast("Reply", self._run("start", *_start_arguments(job_id, fence, on_device, instead_of)))
+
+    def send_start(self, job_id: str, fence: int, *, instead_of: HeldJob | None = None) -> "SentStart":
+        """Say that the job goes on the device now, and return before Redis has answered.
+
+        What is sent Redis does, even if this process dies the moment after. Only the first after a restart of Redis,
+        which has forgotten the script then, is done when its answer is read.
+        """
+        if not self._has_loaded_start:
+            with suppress(RedisError):  # that does not serve: then it cannot be sent either
+                self._client.script_load(script_text("start"))
+                self._has_loaded_start = True
+        arguments = _start_arguments(job_id, fence, True, instead_of)
+        return SentStart(SentScript(self._client, self._scripts["start"], self._keys, arguments))
 
     def renew(self, held: Sequence[HeldJob]) -> list[Reply]:
         """Prolong the leases of all held jobs and publish their progress; answers are in the order of `held`."""

@@ -12,7 +12,7 @@ from PIL import Image
 from pipelines.errors import DeadlineExceeded, OutOfMemory
 from pipelines.loading import LoadedModel
 from server.errors import LedgerUnavailable
-from server.ledger.worker_side import Reply, WorkerLedger
+from server.ledger.worker_side import Reply, SentStart, WorkerLedger
 from server.settings import WorkerSettings
 from server.worker.device import cpu_threads, end_if_lost
 from server.worker.errors import MemoryInPieces
@@ -76,6 +76,7 @@ class Lane:
         self._is_preloading = True
         # What the ledger was last told; the job may have ended since.
         self._on_device: LaneJob | None = None
+        self._sent_start: SentStart | None = None
         self._wear = Wear()
         self._busy_seconds = 0.0
         # Whose run the watchdog ends the process for. It stays armed while the run goes on without a pause,
@@ -209,12 +210,14 @@ class Lane:
         model = self._require(job)
         self._put_on_device(job)
         started = time.monotonic()
-        try:
-            self._run_step(job, model)
-        finally:
-            seconds = time.monotonic() - started
-            in_hand.device_seconds += seconds
-            self._busy_seconds += seconds
+        error = failure_of(lambda: self._run_step(job, model))
+        seconds = time.monotonic() - started
+        in_hand.device_seconds += seconds
+        self._busy_seconds += seconds
+        unwanted = failure_of(lambda: self._hear_of_start(job))
+        # What went wrong counts, whatever the ledger says.
+        if (first := error or unwanted) is not None:
+            raise first
 
     def _require(self, job: LaneJob) -> LoadedModel:
         in_hand = job.in_hand
@@ -241,8 +244,8 @@ class Lane:
         if job.run is None:
             in_hand.optimizations = model.spec.optimizations.applied
             job.run = model.start(in_hand.photos, job.request(model.spec.area), num_threads=self._num_threads)
-        self._hand_over()
-        job.run.advance()
+        # What has ended is passed on while the device works: the threads that are woken by it take the processor.
+        job.run.advance(self._hand_over)
         in_hand.step, in_hand.total_steps = job.run.step, job.run.total_steps
 
     def _watch(self, job: LaneJob) -> None:
@@ -270,7 +273,7 @@ class Lane:
             self._to_hand_over.append(partial(self._on_failure, in_hand, error))
 
     def _hand_over(self) -> None:
-        """Pass on what has ended. The threads that are woken by it take the processor from the next run's start."""
+        """Pass on what has ended."""
         ends, self._to_hand_over = self._to_hand_over, []
         for end in ends:
             end()
@@ -317,19 +320,30 @@ class Lane:
                 self._drop_run(job)
 
     def _put_on_device(self, job: LaneJob) -> None:
+        """Tell the ledger whose step comes. The step does not wait for the answer, which stands behind a disk."""
         if self._on_device is job:
             return
-        # While the answer is not there, nobody knows who it is.
         in_hand, before, self._on_device = job.in_hand, self._on_device, None
         self._watch_nobody()
         leaving = as_held(before.in_hand) if before else None
-        reply: Reply = self._outage.outwait(
-            lambda: self._ledger.start(in_hand.job.id, in_hand.job.fence, on_device=True, instead_of=leaving),
-            check=in_hand.check,
-        )
+        self._sent_start = self._ledger.send_start(in_hand.job.id, in_hand.job.fence, instead_of=leaving)
+        if not self._sent_start.is_sent:
+            self._hear_of_start(job)
         self._on_device = job
-        in_hand.note(reply)
-        in_hand.check()
+
+    def _hear_of_start(self, job: LaneJob) -> None:
+        """Hear what the ledger said to the job's START; a job that is not wanted has had one step in vain."""
+        start, self._sent_start = self._sent_start, None
+        if start is None:
+            return
+        if not start.is_answered:
+            self._watch_nobody()  # waiting for Redis is no fault of the device
+        # While the answer is not there, nobody knows who is on the device.
+        self._on_device = None
+        reply: Reply = self._outage.outwait(start.reply, check=job.in_hand.check)
+        self._on_device = job
+        job.in_hand.note(reply)
+        job.in_hand.check()
 
     def _clear_device(self) -> None:
         """Say that no job is on the device; while another goes on at once, that says it too."""
