@@ -6,6 +6,7 @@ job and a load take on a GPU is an assumption that the options change. The parts
 - fleet: one fleet and trace, with placement and with any model on any worker
 - sizes: how busy fleets of several sizes may be kept
 - waits: what `worker.max_wait_seconds` costs on one device
+- owners: how long a few photos wait beside ten thousand of another owner
 - optimum: the published trace of two models on one device, against the best that could be done
 """
 
@@ -29,6 +30,7 @@ from server.simulation.comparing import (
     highest_load,
     simulate,
     traffic_at,
+    waits_beside_many,
 )
 from server.simulation.fleet import Failures, Fleet
 from server.simulation.trace import (
@@ -41,9 +43,10 @@ from server.simulation.trace import (
     mean_job_seconds,
 )
 
-PARTS = ("fleet", "sizes", "waits", "optimum")
+PARTS = ("fleet", "sizes", "waits", "owners", "optimum")
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 LOADS = tuple(share / 100 for share in range(10, 100, 5))
+OWNERS_SIZES = (1, 4, 16)
 OTHER_SEEDS = range(PUBLISHED_SEED + 1, PUBLISHED_SEED + 21)
 OPTIMUM_LOADS = (0.2, 0.4, 0.6, 0.7, 0.8)
 OPTIMUM_LOADS_SECONDS = (10.0, 20.0, 30.0)
@@ -125,6 +128,27 @@ def simulate_waits(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = [(f"{one['max_wait_seconds']:g} s", *row(one)) for one in found]
     columns = ("max_wait_seconds", "jobs an hour", "busy", "loading", "loads", "in system, mean", *WAIT_COLUMNS)
     print(table(columns, rows))
+    return found
+
+
+def simulate_owners(_options: argparse.Namespace) -> list[dict[str, Any]]:
+    """How long five photos wait that come when another owner has sent ten thousand: in turns, and by age alone."""
+    found = [
+        {
+            "num_workers": num_workers,
+            "in_turns_seconds": waits_beside_many(num_workers),
+            "by_age_seconds": waits_beside_many(num_workers, any_model=True),
+        }
+        for num_workers in OWNERS_SIZES
+    ]
+    rows = [
+        (
+            one["num_workers"],
+            *(f"{one[name][place]:,.0f} s" for name in ("in_turns_seconds", "by_age_seconds") for place in (0, -1)),
+        )
+        for one in found
+    ]
+    print(table(("GPUs", "in turns: the first of five", "the last", "by age: the first", "the last"), rows))
     return found
 
 
@@ -287,6 +311,7 @@ _MEASURES = {
     "fleet": simulate_one,
     "sizes": simulate_sizes,
     "waits": simulate_waits,
+    "owners": simulate_owners,
     "optimum": compare_with_optimum,
 }
 
