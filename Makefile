@@ -3,10 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+MINUTES ?= 20
+SEED ?= 1
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-test check fix bench clean
+.PHONY: help demo test gpu-test check fix bench soak clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -46,5 +48,8 @@ bench: $(VENV)/.dev ## Measure what the documents quote
 	$(BIN)/python scripts/bench_config.py
 	$(BIN)/python scripts/bench_submit.py
 
+soak: $(VENV)/.dev ## Let faults befall a whole Restage for MINUTES, and judge what it did (SEED)
+	$(BIN)/python scripts/soak.py --minutes $(MINUTES) --seed $(SEED)
+
 clean: ## Remove the virtual environment, caches and the contact sheet; data and results stay
-	rm -rf $(VENV) demo-output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .import_linter_cache
+	rm -rf $(VENV) demo-output soak-output .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* .import_linter_cache
