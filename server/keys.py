@@ -1,27 +1,30 @@
-"""API keys: who calls, kept as hashes in a file that is read again whenever it changes."""
+"""API keys: who calls and what a key may use, kept as hashes in a file that is read again whenever it changes."""
 
-import fcntl
 import hashlib
 import hmac
-import os
 import re
 import secrets
-import tempfile
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final, Unpack
 
 import structlog
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from server.errors import ConfigError, DependencyError, InvalidRequest, NotFound, Unauthorized
-from server.webhook_secret import check_webhook_secret, new_webhook_secret
-
-Role = Literal["user", "admin"]
-Priority = Literal["low", "normal", "high"]
+from server.errors import DependencyError, InvalidRequest, NotFound, Unauthorized
+from server.key_file import (
+    MOST_BYTES_PER_DAY,
+    MOST_OPEN_JOBS,
+    MOST_REQUESTS_PER_MINUTE,
+    KeyFile,
+    KeyLimits,
+    KeyLines,
+    KeyRecord,
+    Priority,
+    Role,
+)
+from server.webhook_secret import new_webhook_secret
 
 
 class KeysUnavailable(DependencyError):
@@ -37,17 +40,19 @@ _NO_DIGEST: Final = hashlib.sha256(b"").digest()
 
 @dataclass(frozen=True)
 class Principal:
-    """Who is calling.
+    """Who is calling, and what the key may use: `KeyLimits` explains the limits.
 
     Attributes:
         owner: whose batches, jobs and uploads these are.
-        max_priority: the highest priority that the caller may ask for.
     """
 
     owner: str
     role: Role
     key_id: str
     max_priority: Priority = "high"
+    requests_per_minute: int | None = None
+    max_open_jobs: int | None = None
+    max_bytes_per_day: int | None = None
 
     @property
     def reach(self) -> str:
@@ -63,34 +68,12 @@ class Principal:
 LOCAL_PRINCIPAL: Final = Principal("local", "admin", "none")
 
 
-class KeyRecord(BaseModel):
-    """One line of the file; the key's own secret is nowhere kept.
-
-    Attributes:
-        webhook_secrets: what the webhooks of this key are signed with, the newest first; two while it is rotated. They
-            are kept as they are, since signing needs them. None in a line of before there were webhooks.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    id: str = Field(pattern=r"^[0-9a-f]{8}$")
-    owner: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$")
-    role: Role
-    max_priority: Priority
-    created_at: datetime
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", repr=False)
-    webhook_secrets: tuple[Annotated[str, AfterValidator(check_webhook_secret)], ...] = Field(
-        default=(), max_length=2, repr=False
-    )
-
-
 @dataclass(frozen=True)
 class _FileState:
     """What the file held when it was last read, and how to notice that it has changed since."""
 
     signature: tuple[int, int, int] | None = None
-    records: dict[str, KeyRecord] = field(default_factory=dict[str, KeyRecord])
-    problems: tuple[str, ...] = ()
+    lines: KeyLines = field(default_factory=lambda: KeyLines({}, ()))
 
 
 class KeyStore:
@@ -101,6 +84,7 @@ class KeyStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = KeyFile(path)
         self._state = _FileState()
 
     def authenticate(self, header_value: str | None) -> Principal:
@@ -115,13 +99,21 @@ class KeyStore:
         """
         if header_value is None:
             raise Unauthorized("the header Authorization is missing; it holds: Bearer <key>")
-        scheme, _, key = header_value.strip().partition(" ")
-        key_id, secret = _take_apart(key.strip()) if scheme.lower() == "bearer" else ("", "")
-        record = self._read().records.get(key_id)
+        scheme, _, key = header_value.strip(" \t").partition(" ")
+        key_id, secret = _take_apart(key.strip(" \t")) if scheme.lower() == "bearer" else ("", "")
+        record = self._records().get(key_id)
         expected = bytes.fromhex(record.sha256) if record is not None else _NO_DIGEST
         if not hmac.compare_digest(_digest(secret), expected) or record is None:
             raise Unauthorized("this key is not valid; the header Authorization holds: Bearer <key>")
-        return Principal(record.owner, record.role, record.id, record.max_priority)
+        return Principal(
+            record.owner,
+            record.role,
+            record.id,
+            record.max_priority,
+            requests_per_minute=record.requests_per_minute,
+            max_open_jobs=record.max_open_jobs,
+            max_bytes_per_day=record.max_bytes_per_day,
+        )
 
     def webhook_secrets(self, key_id: str) -> tuple[str, ...]:
         """Give what the webhooks of a key are signed with, the newest first; none where the key was revoked.
@@ -129,48 +121,59 @@ class KeyStore:
         Raises:
             KeysUnavailable: the file exists but cannot be read.
         """
-        record = self._read().records.get(key_id)
+        record = self._records().get(key_id)
         return () if record is None else record.webhook_secrets
 
-    def add(self, owner: str, role: Role, *, max_priority: Priority = "high") -> str:
+    def add(self, owner: str, role: Role, **limits: Unpack[KeyLimits]) -> str:
         """Make a key, with a secret for its webhooks.
 
         Args:
             owner: 1 to 64 letters, digits, dots, hyphens, underscores or @; several keys may have the same.
             role: `admin` is for an operator, who may read, cancel, retry and delete everybody's work.
-            max_priority: the highest priority that jobs of this key may have.
+            limits: those that are left out do not limit.
 
         Returns:
             The key, `rsk_<id>_<secret>`; it cannot be shown again.
 
         Raises:
-            InvalidRequest: the owner's name, the role or the priority is not allowed.
+            InvalidRequest: the owner's name, the role or a limit is not allowed.
             ConfigError: the file is damaged or cannot be written.
         """
         secret = secrets.token_urlsafe(32)
-        with self._locked():
-            records = self._read_all()
+        with self._file.changing() as records:
             key_id = secrets.token_hex(4)
             while key_id in records:
                 key_id = secrets.token_hex(4)
-            try:
-                record = KeyRecord(
-                    id=key_id,
-                    owner=owner,
-                    role=role,
-                    max_priority=max_priority,
-                    created_at=datetime.now(UTC),
-                    sha256=_digest(secret).hex(),
-                    webhook_secrets=(new_webhook_secret(),),
-                )
-            except ValidationError as error:
-                wrong = ", ".join(str(details["loc"][0]) for details in error.errors())
-                raise InvalidRequest(
-                    f"not allowed: {wrong}; an owner has 1 to 64 letters, digits, dots, hyphens, underscores or @, "
-                    "a role is user or admin, a priority is low, normal or high"
-                ) from error
-            self._write({**records, key_id: record})
+            made = {
+                "id": key_id,
+                "owner": owner,
+                "role": role,
+                "created_at": datetime.now(UTC),
+                "sha256": _digest(secret).hex(),
+                "webhook_secrets": (new_webhook_secret(),),
+            }
+            records[key_id] = _checked({"max_priority": "high"} | made | limits)
         return f"rsk_{key_id}_{secret}"
+
+    def limit(self, key_id: str, **limits: Unpack[KeyLimits]) -> KeyRecord:
+        """Change what a key may use, from servers' next request on; its secrets stay.
+
+        Args:
+            key_id: of a key that there is.
+            limits: those that are left out stay as they are.
+
+        Returns:
+            The key as it is now.
+
+        Raises:
+            NotFound: there is no such key.
+            InvalidRequest: a limit is not allowed.
+            ConfigError: the file is damaged or cannot be written.
+        """
+        with self._file.changing() as records:
+            changed = _checked(_find(records, key_id).model_dump() | limits)
+            records[key_id] = changed
+        return changed
 
     def revoke(self, key_id: str) -> None:
         """Take a key away; servers refuse it from their next request on.
@@ -179,10 +182,9 @@ class KeyStore:
             NotFound: there is no such key.
             ConfigError: the file is damaged or cannot be written.
         """
-        with self._locked():
-            records = self._read_all()
+        with self._file.changing() as records:
             _find(records, key_id)
-            self._write({known: record for known, record in records.items() if known != key_id})
+            del records[key_id]
 
     def rotate_webhook(self, key_id: str) -> str | None:
         """Take a step towards another secret for a key's webhooks.
@@ -196,13 +198,12 @@ class KeyStore:
             NotFound: there is no such key.
             ConfigError: the file is damaged or cannot be written.
         """
-        with self._locked():
-            records = self._read_all()
+        with self._file.changing() as records:
             record = _find(records, key_id)
             old = record.webhook_secrets
             new = None if len(old) == 2 else new_webhook_secret()
             kept = old[:1] if new is None else (new, *old)
-            self._write({**records, key_id: record.model_copy(update={"webhook_secrets": kept})})
+            records[key_id] = record.model_copy(update={"webhook_secrets": kept})
         return new
 
     def list(self) -> list[KeyRecord]:
@@ -211,83 +212,36 @@ class KeyStore:
         Raises:
             ConfigError: the file is damaged or cannot be read.
         """
-        return list(self._read_all().values())
+        return list(self._file.read_all().values())
 
-    def _read(self) -> _FileState:
+    def _records(self) -> dict[str, KeyRecord]:
         """Read the file if it has changed. A damaged line is no key; the others go on working."""
         try:
             status = self.path.stat()
             # A replaced file has another inode, even within the resolution of its time.
             signature = (status.st_mtime_ns, status.st_size, status.st_ino)
             if signature != self._state.signature:
-                self._state = _parse(self.path, signature)
-                for problem in self._state.problems:
+                self._state = _FileState(signature, self._file.read_lines())
+                for problem in self._state.lines.problems:
                     structlog.get_logger().warning("keys.line_ignored", problem=problem)
         except FileNotFoundError:
             self._state = _FileState()
         except OSError as error:
             raise KeysUnavailable(f"the keys in {self.path} cannot be read: {error.strerror}") from error
-        return self._state
-
-    def _read_all(self) -> dict[str, KeyRecord]:
-        """Read the file to change or to show it: then a damaged line must not be lost in silence."""
-        try:
-            state = _parse(self.path, None)
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise ConfigError([f"{self.path}: cannot be read: {error.strerror}"]) from error
-        if state.problems:
-            raise ConfigError([*state.problems])
-        return state.records
-
-    @contextmanager
-    def _locked(self) -> Generator[None]:
-        """Keep other processes from changing the file between our reading and our writing."""
-        try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = self.path.with_name(f"{self.path.name}.lock").open("a")
-        except OSError as error:
-            raise ConfigError([f"{self.path}: cannot be written: {error.strerror}"]) from error
-        with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
-    def _write(self, records: dict[str, KeyRecord]) -> None:
-        """Replace the file as a whole: a reader, and a crash, find the old keys or the new ones."""
-        target = Path(os.path.realpath(self.path))
-        text = "".join(f"{record.model_dump_json()}\n" for record in records.values())
-        try:
-            # Created for its owner alone (0600).
-            descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            try:
-                with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                Path(temporary).replace(target)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-        except OSError as error:
-            raise ConfigError([f"{self.path}: cannot be written: {error.strerror}"]) from error
+        return self._state.lines.records
 
 
-def _parse(path: Path, signature: tuple[int, int, int] | None) -> _FileState:
-    records: dict[str, KeyRecord] = {}
-    problems: list[str] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = KeyRecord.model_validate_json(line)
-        except ValidationError:
-            problems.append(f"{path}:{number}: is no key as `restage keys add` writes it")
-            continue
-        if record.id in records:
-            problems.append(f"{path}:{number}: the id {record.id} is given twice")
-        records.setdefault(record.id, record)
-    return _FileState(signature, records, tuple(problems))
+def _checked(fields: dict[str, object]) -> KeyRecord:
+    try:
+        return KeyRecord.model_validate(fields)
+    except ValidationError as error:
+        wrong = ", ".join(str(details["loc"][0]) for details in error.errors())
+        raise InvalidRequest(
+            f"not allowed: {wrong}; an owner has 1 to 64 letters, digits, dots, hyphens, underscores or @, "
+            "a role is user or admin, a priority is low, normal or high; requests_per_minute is a whole number from 1 "
+            f"to {MOST_REQUESTS_PER_MINUTE}, max_open_jobs to {MOST_OPEN_JOBS}, max_bytes_per_day to "
+            f"{MOST_BYTES_PER_DAY}"
+        ) from error
 
 
 def _find(records: dict[str, KeyRecord], key_id: str) -> KeyRecord:

@@ -9,10 +9,16 @@ import structlog
 from server.settings import LogSettings
 
 if TYPE_CHECKING:
-    from structlog.types import Processor
+    from structlog.types import EventDict, Processor
 
 # Libraries whose own INFO is about themselves, not about our work.
-_QUIET = ("uvicorn", "uvicorn.error", "httpx", "httpcore", "urllib3", "PIL", "asyncio", "filelock")
+_QUIET = ("uvicorn", "uvicorn.error", "httpx", "httpcore", "PIL", "asyncio", "filelock")
+# Of a store that is away it warns at each try, and we say once what comes of it.
+_QUIETER = ("urllib3",)
+
+
+# These may have several lines.
+_OUR_OWN_TEXTS = frozenset({"event", "exception", "stack"})
 
 
 def configure_logging(settings: LogSettings) -> None:
@@ -45,13 +51,24 @@ def configure_logging(settings: LogSettings) -> None:
     logging.captureWarnings(capture=True)
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    for name in _QUIETER:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _escape_controls(_logger: object, _method: str, event: "EventDict") -> "EventDict":
+    """Write what cannot be seen as an escape: a path may hold what would move a terminal's cursor, or feign a line."""
+    for name, value in event.items():
+        if isinstance(value, str) and not value.isprintable() and name not in _OUR_OWN_TEXTS:
+            event[name] = value.encode("unicode_escape").decode("ascii")
+    return event
 
 
 def _rendering(settings: LogSettings) -> "list[Processor]":
     if settings.format == "json":
         return [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(ensure_ascii=False)]
     return [
+        _escape_controls,
         structlog.dev.ConsoleRenderer(
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=24
-        )
+        ),
     ]

@@ -1,7 +1,6 @@
 """The API process: the only place where its parts are made and put together."""
 
 import asyncio
-import signal
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -19,17 +18,22 @@ from server.api.archive import download_archive
 from server.api.auth import provide_principal, require_key
 from server.api.batches import cancel_batch, delete_batch, list_batches, read_batch, retry_batch, submit_batch
 from server.api.bodies import StrictModels, StrictRequest
+from server.api.connections import allow_many_files, bounded_connections
+from server.api.crowding import LargeBodies, OpenStreams, refuse_when_crowded
 from server.api.docs import docs_file, start_script
+from server.api.ending import SignallessServer, ended_by_signals
 from server.api.errors import exception_handlers
 from server.api.events import follow_batch
 from server.api.health import live, ready
 from server.api.jobs import cancel_job, list_jobs, read_job, redirect_to_output, retry_job, retry_jobs
+from server.api.key_limits import limit_requests
 from server.api.methods import tell_methods
 from server.api.models import list_models, list_presets, read_model
 from server.api.openapi import describe_api
 from server.api.query_names import refuse_unknown_names
 from server.api.request_context import RequestContext
 from server.api.services import Services
+from server.api.stopping import StoppableRequests, Stopping
 from server.api.uploads import create_uploads
 from server.api.views import record_of_batch
 from server.api.workers import list_workers
@@ -38,11 +42,12 @@ from server.errors import ConfigError
 from server.janitor import Janitor
 from server.keys import KeyStore
 from server.ledger.api_side import ApiLedger, connect
+from server.ledger.redis_checks import check_redis
 from server.logs import configure_logging
 from server.periodic import end_tasks
 from server.prompts import Prompts
 from server.registry import Registry, load_registry
-from server.settings import ServerSettings, Settings
+from server.settings import ServerSettings, Settings, is_loopback
 from server.store import Store
 from server.submit.accept import Submitter
 from server.submit.files import FileUploads
@@ -52,9 +57,10 @@ from server.sweeper import Sweeper
 from server.webhooks.sender import WebhookSender
 from server.webhooks.signing import WebhookSecrets
 
-_SHUTDOWN_TIMEOUT_SECONDS = 3
 # A client that submits waits for the store; most give up on a call after half a minute.
 LONGEST_LOOK_SECONDS = 10.0
+# Each up to limits.max_body_bytes, in memory until its request is done.
+MOST_LARGE_BODIES = 100
 _log = structlog.stdlib.get_logger()
 
 
@@ -67,10 +73,11 @@ def create_app(settings: Settings) -> Litestar:
     registry = load_registry(settings)
     prompts = Prompts.load(settings.config_dir)
     keys = KeyStore(settings.auth.keys_file) if settings.auth.mode == "keys" else None
+    stopping = Stopping()
 
     @asynccontextmanager
     async def run(app: Litestar) -> AsyncGenerator[None]:
-        async with _open_services(settings, registry, prompts, keys) as services:
+        async with _open_services(settings, registry, prompts, keys, stopping) as services:
             app.state.services = services
             yield
 
@@ -86,7 +93,8 @@ def create_app(settings: Settings) -> Litestar:
         openapi_config=describe_api(),
         logging_config=None,
     )
-    app.asgi_handler = RequestContext(app.asgi_handler)
+    app.state.stopping = stopping
+    app.asgi_handler = RequestContext(StoppableRequests(app.asgi_handler, stopping))
     return app
 
 
@@ -94,53 +102,55 @@ def serve(settings: Settings) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status of the process.
 
     Raises:
-        ConfigError: the registry, the prompts, the keys or the address cannot be used, or Redis holds the ledger of
-            another version.
+        ConfigError: the registry, the prompts, the keys or the address cannot be used, or Redis could lose jobs, or
+            holds the ledger of another version.
         DependencyError: Redis or the store is away at the start.
     """
     configure_logging(settings.log)
+    allow_many_files()
     app = create_app(settings)
-    with _listen(settings.server) as listener:
-        asyncio.run(_serve(app, listener))
+    with _listen(settings) as listener:
+        asyncio.run(_serve(app, listener, settings.server))
     return 0
 
 
-def _listen(settings: ServerSettings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+def _listen(settings: Settings) -> socket.socket:
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        address = f"{settings.host}:{settings.port}"
-        raise ConfigError([f"server.port: {address} cannot be listened on: {error.strerror}"]) from error
+        raise ConfigError([f"server.port: {host}:{port} cannot be listened on: {error.strerror}"]) from error
+    # The settings have looked at the name; only now it is known where it leads.
+    bound = listener.getsockname()[0]
+    if settings.auth.mode == "none" and not is_loopback(bound):
+        listener.close()
+        problem = f"server.host: {host} is {bound} here, which other machines reach, while auth.mode is none"
+        raise ConfigError([f"{problem}; needs a loopback address, or keys"])
+    return listener
 
 
-async def _serve(app: Litestar, listener: socket.socket) -> None:
+async def _serve(app: Litestar, listener: socket.socket, settings: ServerSettings) -> None:
     config = uvicorn.Config(
         app,
+        http=bounded_connections(settings),
+        ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        # Open event streams would hold a stopping server for ever.
-        timeout_graceful_shutdown=_SHUTDOWN_TIMEOUT_SECONDS,
     )
-    server = uvicorn.Server(config)
-
-    def stop() -> None:
-        server.should_exit = True
-
-    # uvicorn raises a signal anew once it has stopped; these handlers let that end in an orderly exit.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
+    server = SignallessServer(config)
     host, port = listener.getsockname()[:2]
     # The lifespan is ours, not uvicorn's: what fails at the start reaches the caller as the error that it is.
-    try:
-        async with app.lifespan():
-            _log.info("api.started", host=host, port=port)
-            await server.serve(sockets=[listener])
-    except BaseExceptionGroup as group:  # Litestar's lifespan wraps whatever passes through it
-        raise _find_cause(group) from group
+    with ended_by_signals(server, app.state.stopping, listener):
+        try:
+            async with app.lifespan():
+                _log.info("api.started", host=host, port=port)
+                await server.serve(sockets=[listener])
+        except BaseExceptionGroup as group:  # Litestar's lifespan wraps whatever passes through it
+            raise _find_cause(group) from group
     _log.info("api.stopped")
 
 
@@ -152,7 +162,7 @@ def _find_cause(error: BaseException) -> BaseException:
 
 @asynccontextmanager
 async def _open_services(
-    settings: Settings, registry: Registry, prompts: Prompts, keys: KeyStore | None
+    settings: Settings, registry: Registry, prompts: Prompts, keys: KeyStore | None, stopping: Stopping
 ) -> AsyncGenerator[Services]:
     """Make the clients, see that both servers can be used, and keep the ledger swept meanwhile."""
     ledger = ApiLedger(connect(settings.redis), key_prefix=settings.redis.key_prefix)
@@ -173,11 +183,14 @@ async def _open_services(
     uploads = FileUploads(store, ledger, settings, threads=threads)
     submitter = Submitter(settings, resolver=resolver, look=look, uploads=uploads, ledger=ledger)
     try:
+        await anyio.to_thread.run_sync(check_redis, settings.redis)
         await ledger.check_schema()
+        await ledger.expect_models(registry.ids)
         await anyio.to_thread.run_sync(store.ensure_buckets)
         await anyio.to_thread.run_sync(store.prepare_buckets, settings.retention, settings.limits)
         webhook_secrets = WebhookSecrets(settings.webhooks, keys)
         changes = Changes(ledger, block_seconds=min(1.0, settings.redis.timeout_seconds / 2))
+        stopping.when_begun(changes.wake_everybody)
         standing = [
             Sweeper(ledger, settings, registry.ids),
             Janitor(ledger, store, threads=threads, interval_seconds=settings.sweep.interval_seconds),
@@ -187,7 +200,19 @@ async def _open_services(
         tasks = [asyncio.create_task(one.run()) for one in standing]
         try:
             yield Services(
-                settings, registry, prompts, keys, ledger, store, threads, submitter, changes, webhook_secrets
+                settings,
+                registry,
+                prompts,
+                keys,
+                ledger,
+                store,
+                threads,
+                submitter,
+                changes,
+                webhook_secrets,
+                OpenStreams(settings.server.max_streams),
+                LargeBodies(MOST_LARGE_BODIES),
+                stopping,
             )
         finally:
             await end_tasks(tasks)
@@ -220,7 +245,7 @@ def _create_v1_router() -> Router:
             list_presets,
             list_workers,
         ],
-        guards=[require_key, refuse_unknown_names],
+        guards=[refuse_when_crowded, require_key, limit_requests, refuse_unknown_names],
         dependencies={"principal": Provide(provide_principal, sync_to_thread=False)},
         security=[{"key": []}],
         # Answers hold URLs that work without a key.

@@ -115,6 +115,12 @@ class ServerSettings(Section):
     host: Annotated[str, AfterValidator(_check_host)] = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     public_url: HttpUrl | None = None
+    header_timeout_seconds: Seconds = 30.0
+    body_timeout_seconds: Seconds = 30.0
+    min_body_bytes_per_second: Count = 5000
+    send_timeout_seconds: float = Field(default=60.0, ge=1, le=3600)
+    max_connections: int = Field(default=1000, ge=1, le=100_000)
+    max_streams: int = Field(default=500, ge=1, le=100_000)
 
 
 class RedisSettings(Section):
@@ -124,6 +130,7 @@ class RedisSettings(Section):
     password: Secret | None = None
     password_file: Path | None = None
     timeout_seconds: Seconds = 2.0
+    allow_data_loss: bool = False
     key_prefix: Annotated[str, AfterValidator(_check_key_prefix)] = "restage"
 
 
@@ -145,6 +152,7 @@ class StoreSettings(Section):
     lifecycle: bool = True
     connect_timeout_seconds: Seconds = 2.0
     read_timeout_seconds: Seconds = 30.0
+    transfer_timeout_seconds: Seconds = 120.0
     pool_size: int = Field(default=16, ge=1, le=1024)
 
 
@@ -211,6 +219,13 @@ class LimitsSettings(Section):
     output_url_ttl_seconds: int = Field(default=3600, ge=600, le=7 * _DAY_SECONDS)
 
 
+class AdmissionSettings(Section):
+    """When new jobs are refused for a while, since they could not be kept or would only wait."""
+
+    max_memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    worker_grace_seconds: Seconds = 900.0
+
+
 class RetentionSettings(Section):
     """How long things are kept after their batch has finished."""
 
@@ -257,6 +272,7 @@ class Settings(BaseModel):
     worker: WorkerSettings
     sweep: SweepSettings
     limits: LimitsSettings
+    admission: AdmissionSettings
     retention: RetentionSettings
     webhooks: WebhooksSettings
     log: LogSettings

@@ -18,6 +18,8 @@ from minio.datatypes import PostPolicy
 from server.errors import ObjectChanged
 from server.settings import LimitsSettings, RetentionSettings, StoreSettings
 from server.store_buckets import Buckets
+from server.store_deadline import Deadlines
+from server.store_inventory import Inventory
 from server.store_sending import Sender, UnhurriedPoolManager
 from server.store_trash import Trash
 from server.store_trouble import EmptyObject, Patience, StoreTrouble
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 # A few megabytes.
 _MAX_KEPT_URLS = 5000
+# Of one object, where nobody knows better: more than any photo or result has.
+_MOST_BYTES = 1_000_000_000
 _UNSAFE_IN_FILENAMES = re.compile(r"[^\w .()+-]")
 
 
@@ -54,17 +58,23 @@ class Store:
     """Uploads and outputs in an S3 store. Every call blocks; safe to share between threads, not between processes.
 
     Every method that talks to the store raises StoreUnavailable when it cannot be reached, is silent for
-    `read_timeout_seconds`, answers with a server error, or refuses our keys.
+    `read_timeout_seconds`, answers with a server error, or refuses our keys. It raises StoreTooSlow, which is one of
+    them, when the call is not done after `transfer_timeout_seconds`, or where no object moves after two read timeouts.
+
+    Attributes:
+        inventory: lists what is in the store.
     """
 
     def __init__(self, settings: StoreSettings) -> None:
         self._settings = settings
-        self._trouble = StoreTrouble(settings)
+        self._deadlines = Deadlines()
+        self._trouble = StoreTrouble(settings, self._deadlines)
         self._pool = self._make_pool(settings.pool_size)
         self._client = self._make_client(settings.endpoint, secure=settings.secure, pool=self._pool)
         self._sender = Sender(self._client, self._pool, settings)
         self._buckets = Buckets(self._client, self._trouble, settings)
         self._trash = Trash(self._client, self._trouble, settings)
+        self.inventory = Inventory(self._client, self._trouble, settings)
         # The Host is part of a signature, so URLs for clients are signed for the address that clients use. This client
         # never connects: its region is set, and signing is arithmetic.
         public_endpoint = settings.public_endpoint or settings.endpoint
@@ -79,6 +89,7 @@ class Store:
         """Close all idle connections."""
         self._pool.clear()
         self._public_pool.clear()
+        self._deadlines.close()
 
     def ensure_buckets(self) -> None:
         """Make the two buckets where they are missing."""
@@ -142,30 +153,39 @@ class Store:
         bucket = self._settings.uploads_bucket
         try:
             with self._opened(bucket, key, length=num_bytes) as response:
-                data = response.read(decode_content=False)
+                data = self._read(response, f"{bucket}/{key}", num_bytes)
         except EmptyObject:
             return ObjectStart(b"", 0, "", "")
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        # A store that ignores the range begins with the whole object.
+        total = total if total.isdigit() else response.headers.get("Content-Length", "")
         return ObjectStart(
-            data=data[:num_bytes],
-            # A store that ignores the range sends the whole object.
+            data=data,
             size_bytes=int(total) if total.isdigit() else len(data),
             etag=_bare_etag(response),
             content_type=response.headers.get("Content-Type", ""),
         )
 
-    def fetch_upload(self, key: str, etag: str) -> bytes:
+    def fetch_upload(self, key: str, etag: str, *, size_bytes: int | None = None) -> bytes:
         """Read a whole upload, if it is still the one with `etag`.
+
+        Args:
+            key: the object's key in the uploads bucket.
+            etag: as the object was looked at.
+            size_bytes: then too; None: whatever it is.
 
         Raises:
             ObjectNotFound: nothing is stored under `key` any more.
             ObjectChanged: other bytes were stored since.
         """
         bucket = self._settings.uploads_bucket
-        with self._opened(bucket, key, if_match=etag) as response:
-            if _bare_etag(response) != etag:  # a store that ignores If-Match
+        with self._opened(bucket, key, if_match=etag, moves_object=True) as response:
+            # First the whole body: without it nobody knows whether the header was whole.
+            data = self._read_all(response, f"{bucket}/{key}", size_bytes)
+            # A store may ignore If-Match.
+            if _bare_etag(response) != etag or size_bytes not in {None, len(data)}:
                 raise ObjectChanged(f"{bucket}/{key} was stored again with other bytes after it was accepted")
-            return response.read(decode_content=False)
+            return data
 
     def put_upload(self, key: str, file: BinaryIO, size_bytes: int, content_type: str) -> str:
         """Store a photo that a client sent to us; whatever is under `key` is replaced.
@@ -183,23 +203,43 @@ class Store:
             ValueError: the file has another size.
         """
         bucket = self._settings.uploads_bucket
-        with self._trouble.translated(bucket, key):
+        with self._trouble.translated(bucket, key, moves_object=True):
             return self._sender.put(bucket, key, file, size_bytes=size_bytes, content_type=content_type)
 
     def put_output(self, key: str, data: bytes, content_type: str) -> None:
         """Store a result; whatever is under `key` is replaced."""
         bucket = self._settings.outputs_bucket
-        with self._trouble.translated(bucket, key):
+        with self._trouble.translated(bucket, key, moves_object=True):
             self._sender.put(bucket, key, io.BytesIO(data), size_bytes=len(data), content_type=content_type)
 
-    def read_output(self, key: str) -> bytes:
-        """Read a whole result.
+    def put_marker(self, key: str, data: bytes) -> None:
+        """Store what is to be known of a result beside it; whatever is under `key` is replaced."""
+        bucket = self._settings.outputs_bucket
+        with self._trouble.translated(bucket, key):
+            self._sender.put(bucket, key, io.BytesIO(data), size_bytes=len(data), content_type="application/json")
+
+    def read_marker(self, key: str, max_bytes: int) -> bytes:
+        """Read what is to be known of a result, or a byte more than `max_bytes` of it.
+
+        Raises:
+            ObjectNotFound: nothing is stored under `key`.
+        """
+        bucket = self._settings.outputs_bucket
+        with self._opened(bucket, key) as response:
+            return self._read(response, f"{bucket}/{key}", max_bytes + 1)
+
+    def read_output(self, key: str, *, size_bytes: int | None = None) -> bytes:
+        """Read a whole result, which has `size_bytes` where that is known: another size is trouble with the store.
 
         Raises:
             ObjectNotFound: nothing is stored under `key` any more.
         """
-        with self._opened(self._settings.outputs_bucket, key) as response:
-            return response.read(decode_content=False)
+        bucket = self._settings.outputs_bucket
+        with self._opened(bucket, key, moves_object=True) as response:
+            data = self._read_all(response, f"{bucket}/{key}", size_bytes)
+        if size_bytes not in {None, len(data)}:
+            raise self._trouble.unavailable(f"has another size for {bucket}/{key} than the {size_bytes} bytes written")
+        return data
 
     def output_url(self, key: str, *, filename: str, content_type: str, ttl_seconds: int) -> tuple[str, datetime]:
         """Sign a URL that downloads a result under `filename`; the store is not asked.
@@ -282,9 +322,9 @@ class Store:
 
     @contextmanager
     def _opened(
-        self, bucket: str, key: str, *, length: int = 0, if_match: str | None = None
+        self, bucket: str, key: str, *, length: int = 0, if_match: str | None = None, moves_object: bool = False
     ) -> "Generator[BaseHTTPResponse]":
-        with self._trouble.translated(bucket, key):
+        with self._trouble.translated(bucket, key, moves_object=moves_object):
             headers: DictType = {} if if_match is None else {"If-Match": f'"{if_match}"'}
             response = self._client.get_object(bucket, key, length=length, request_headers=headers)
             try:
@@ -293,6 +333,23 @@ class Store:
                 # Both are needed: the one drops a body that was not read, the other gives the connection back.
                 response.close()
                 response.release_conn()
+
+    def _read_all(self, response: "BaseHTTPResponse", place: str, size_bytes: int | None) -> bytes:
+        """Read to the end, but of what has no end no more than a byte too many: it would cost all of our memory."""
+        return self._read(response, place, 1 + (_MOST_BYTES if size_bytes is None else size_bytes))
+
+    def _read(self, response: "BaseHTTPResponse", place: str, num_bytes: int) -> bytes:
+        """Read so many bytes, or all that there are.
+
+        urllib3 takes a body that is cut short for its end, and a header that is cut short for all of it: what tells of
+        no length may be either.
+        """
+        if response.length_remaining is None and response.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            raise self._trouble.unavailable(f"broke off over {place}, or does not tell its length")
+        data = response.read(num_bytes, decode_content=False)
+        if len(data) < num_bytes and response.length_remaining:
+            raise self._trouble.unavailable(f"broke off over {place} ({response.length_remaining} bytes are missing)")
+        return data
 
 
 def _bare_etag(response: "BaseHTTPResponse") -> str:

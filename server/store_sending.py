@@ -16,6 +16,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from server.settings import StoreSettings
+from server.store_deadline import running_transfer
 
 if TYPE_CHECKING:
     from minio.helpers import DictType
@@ -109,10 +110,20 @@ class UnhurriedPoolManager(urllib3.PoolManager):
 
 
 class _UnhurriedConnection(HTTPConnection):
+    def connect(self) -> None:
+        super().connect()
+        self._tell_transfer()
+
     def send(self, data: Any) -> None:
         if self.sock is not None:  # the first bytes also connect, and that in the time for connecting
+            self._tell_transfer()
             self.sock.settimeout(_SEND_TIMEOUT_SECONDS)
         super().send(data)
+
+    def _tell_transfer(self) -> None:
+        """A connection may have served other calls before."""
+        if (transfer := running_transfer()) is not None:
+            transfer.use(self.sock)
 
 
 class _UnhurriedTlsConnection(_UnhurriedConnection, HTTPSConnection):

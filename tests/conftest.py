@@ -23,6 +23,19 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 REPOSITORY = Path(__file__).parent.parent
+# Folders whose files take minutes come first: begun last, one such file would go on alone while the other pytest
+# workers have nothing left to do. They are given out in this order under `--no-loadscope-reorder`.
+LONGEST_FIRST = ("chaos", "e2e", "integration/worker", "integration/pipelines", "integration/ledger", "")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest."""
+
+    def rank(item: pytest.Item) -> int:
+        file = item.path.relative_to(REPOSITORY / "tests").as_posix()
+        return next(place for place, folder in enumerate(LONGEST_FIRST) if file.startswith(folder))
+
+    items.sort(key=rank)
 
 
 @dataclass
@@ -56,6 +69,11 @@ class S3:
             "RESTAGE__STORE__ACCESS_KEY": self.server.access_key,
             "RESTAGE__STORE__SECRET_KEY": self.server.secret_key,
         }
+
+
+def untraced() -> dict[str, str]:
+    """Return this process' environment for one whose coverage is not measured; a worker then starts in a quarter less time."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")}
 
 
 def need(find_binary: Callable[[], Path]) -> None:
@@ -164,6 +182,8 @@ end
 for _, key in ipairs(redis.call("KEYS", prefix .. ":holders:*")) do
   for _, member in ipairs(redis.call("ZRANGE", key, 0, -1)) do redis.call("ZINCRBY", key, -ms, member) end
 end
+for _, key in ipairs(redis.call("KEYS", prefix .. ":served:*")) do redis.call("DECRBY", key, ms) end
+for _, key in ipairs(redis.call("KEYS", prefix .. ":tokens:*")) do redis.call("HINCRBY", key, "at", -ms * 1000) end
 if redis.call("EXISTS", prefix .. ":swept") == 1 then
   redis.call("HINCRBY", prefix .. ":swept", "at", -ms)
   redis.call("HINCRBY", prefix .. ":swept", "grace_until", -ms)

@@ -49,6 +49,7 @@ async def download_archive(
     The manifest is the batch without URLs; `file` of each output names its entry. An archive that breaks off has no end
     and does not open: better none than one that lacks a picture unnoticed.
     """
+    services.streams.check()
     batch = await find_batch(services, principal, batch_id)
     ready = [(job, job.output) for job in batch.jobs if job.output]
     if not ready and any(job.status == JobStatus.SUCCEEDED for job in batch.jobs):
@@ -76,7 +77,8 @@ async def _chain(first: bytes, rest: AsyncGenerator[bytes]) -> AsyncGenerator[by
 async def _write_archive(services: Services, batch: Batch, ready: list[tuple[Job, JobOutput]]) -> AsyncGenerator[bytes]:
     """Yield the archive; one result is in memory at a time."""
     sink = _Sink()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:  # pictures do not get smaller
+    # Pictures do not get smaller.
+    with services.streams.counted(), zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
         for job, output in ready:
             data = await anyio.to_thread.run_sync(_read_output, services, output, limiter=services.store_threads)
             archive.writestr(_entry(download_name(job, output), batch), data)
@@ -90,7 +92,7 @@ async def _write_archive(services: Services, batch: Batch, ready: list[tuple[Job
 
 def _read_output(services: Services, output: JobOutput) -> bytes:
     try:
-        data = services.store.read_output(output.key)
+        data = services.store.read_output(output.key, size_bytes=output.size_bytes)
     except ObjectNotFound as error:
         raise OutputExpired(f"the result {output.key} is not in the store any more") from error
     if hashlib.sha256(data).hexdigest() != output.sha256:

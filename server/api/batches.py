@@ -10,6 +10,7 @@ from litestar.params import FromPath, HeaderParameter, JSONBody, QueryParameter
 
 from server.api.errors import problems
 from server.api.forms import FormOperation, FormRequest
+from server.api.key_limits import take_bytes
 from server.api.outputs import OutputSigner
 from server.api.pages import PageCursor, PageLimit, check_cursor
 from server.api.retrying import explain_no_retry, reopen
@@ -70,8 +71,11 @@ async def submit_batch(
         services.webhook_secrets.check(principal.key_id)
     files = request.files or {}
     _check_priority(data.priority, principal)
+    await take_bytes(services.ledger, principal, sum(file.size_bytes for file in files.values()))
     key = None if idempotency_key is None else _read_key(idempotency_key, data, files)
-    submission = await services.submitter.submit(principal.owner, data, key, files, key_id=principal.key_id)
+    submission = await services.submitter.submit(
+        principal.owner, data, key, files, key_id=principal.key_id, max_owner_jobs=principal.max_open_jobs
+    )
     return Response(
         SubmissionView(
             batch=view_batch(submission.batch, OutputSigner(services)),
@@ -147,7 +151,7 @@ async def find_batch(services: Services, principal: Principal, batch_id: str) ->
     status_code=200,
     tags=["Batches"],
     summary="Retry a batch",
-    responses=problems(404, 409),
+    responses=problems(403, 404, 409),
 )
 async def retry_batch(
     batch_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]

@@ -14,13 +14,15 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import KwargDefinition
 from pydantic import Field
 
-from server.api.request_context import request_id
+from server.api.request_context import request_id, shown_path
 from server.api.views import View
 from server.errors import (
     DependencyError,
     FieldError,
     InvalidRequest,
+    LimitReached,
     MethodNotAllowed,
+    ModelNotServed,
     NotFound,
     NothingAccepted,
     PayloadTooLarge,
@@ -31,9 +33,9 @@ from server.errors import (
 
 _log = structlog.stdlib.get_logger()
 _AnyRequest = Request[Any, Any, Any]
-_MEDIA_TYPE = "application/problem+json"
+PROBLEM_TYPE = "application/problem+json"
 # What every route under /v1 may answer.
-_COMMON = (400, 401, 503)
+_COMMON = (400, 401, 429, 503)
 
 
 class ProblemError(View):
@@ -61,7 +63,7 @@ def problems(*statuses: int) -> dict[int, ResponseSpec]:
     """Describe the refusals of a route under /v1 for the OpenAPI document."""
     return {
         status: ResponseSpec(
-            Problem, description=HTTPStatus(status).phrase, media_type=_MEDIA_TYPE, generate_examples=False
+            Problem, description=HTTPStatus(status).phrase, media_type=PROBLEM_TYPE, generate_examples=False
         )
         for status in sorted({*_COMMON, *statuses})
     }
@@ -71,6 +73,7 @@ def exception_handlers() -> dict[int | type[Exception], Any]:
     """Return the handlers for all that a route, or the way to it, may raise."""
     return {
         RequestError: _answer_request_error,
+        LimitReached: _answer_limit_reached,
         DependencyError: _answer_dependency_error,
         HTTPException: _answer_litestar_error,
         Exception: _answer_unexpected,
@@ -80,6 +83,12 @@ def exception_handlers() -> dict[int | type[Exception], Any]:
 def problem(
     request: _AnyRequest, error: type[ServerError] | ServerError, detail: str, headers: dict[str, str] | None = None
 ) -> Response[dict[str, Any]]:
+    """Answer an error as a problem document."""
+    body = problem_body(error, detail, request_id(request.scope))
+    return Response(body, status_code=error.http_status, media_type=PROBLEM_TYPE, headers=headers)
+
+
+def problem_body(error: type[ServerError] | ServerError, detail: str, request_id: str) -> dict[str, Any]:
     """Write an error as a problem document."""
     body: dict[str, Any] = {
         "type": f"urn:restage:error:{error.code}",
@@ -87,18 +96,18 @@ def problem(
         "status": error.http_status,
         "detail": detail,
         "code": error.code,
-        "request_id": request_id(request.scope),
+        "request_id": request_id,
     }
     if errors := _list_errors(error):
         body["errors"] = errors
-    return Response(body, status_code=error.http_status, media_type=_MEDIA_TYPE, headers=headers)
+    return body
 
 
 def _list_errors(error: type[ServerError] | ServerError) -> list[dict[str, Any]]:
     match error:
         case InvalidRequest():
             return [asdict(one) for one in error.errors]
-        case NothingAccepted():
+        case NothingAccepted() | ModelNotServed():
             return [asdict(one) for one in error.item_errors]
         case _:
             return []
@@ -107,6 +116,10 @@ def _list_errors(error: type[ServerError] | ServerError) -> list[dict[str, Any]]
 def _answer_request_error(request: _AnyRequest, error: RequestError) -> Response[dict[str, Any]]:
     headers = {"WWW-Authenticate": "Bearer"} if isinstance(error, Unauthorized) else None
     return problem(request, error, error.detail, headers)
+
+
+def _answer_limit_reached(request: _AnyRequest, error: LimitReached) -> Response[dict[str, Any]]:
+    return problem(request, error, error.detail, {"Retry-After": str(error.retry_after_seconds)})
 
 
 def _answer_dependency_error(request: _AnyRequest, error: DependencyError) -> Response[dict[str, Any]]:
@@ -119,7 +132,7 @@ def _answer_litestar_error(request: _AnyRequest, error: HTTPException) -> Respon
         return _answer_wrong_parameters(request, error)
     match error.status_code:
         case 404:
-            return problem(request, NotFound, f"there is nothing at {request.url.path}")
+            return problem(request, NotFound, f"there is nothing at {shown_path(request.scope)}")
         case 405:
             allowed = (error.headers or {}).get("allow", "")
             detail = f"{request.method} is not possible here; allowed: {allowed}"
@@ -160,5 +173,5 @@ def _explain_parameter(request: _AnyRequest, mistake: dict[str, Any]) -> str:
 
 
 def _answer_unexpected(request: _AnyRequest, error: Exception) -> Response[dict[str, Any]]:
-    _log.error("request.failed", method=request.method, path=request.url.path, exc_info=error)
+    _log.error("request.failed", method=request.method, path=shown_path(request.scope), exc_info=error)
     return problem(request, ServerError, "something went wrong here; the server's log has more under this request id")

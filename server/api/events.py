@@ -88,9 +88,11 @@ async def follow_batch(
 ) -> Response[Any]:
     """Answer a snapshot, then each change of state as it happens, and end when the batch has finished.
 
+    A stream that ends before `batch.finished` was cut, or its server is being stopped: come back for the rest.
     Changes of state carry an `id`; a client that comes back with it as `Last-Event-ID` misses none. 204 tells an
     EventSource that nothing more will come.
     """
+    services.streams.check()
     await find_batch(services, principal, batch_id)
     position = last_event_id if last_event_id is not None and _is_event_id(last_event_id) else None
     if position is not None:
@@ -111,6 +113,8 @@ class _Follower:
     def __init__(self, services: Services, batch_id: str, position: str | None) -> None:
         self._ledger = services.ledger
         self._changes = services.changes
+        self._streams = services.streams
+        self._stopping = services.stopping
         self._sign = OutputSigner(services)
         self._batch_id = batch_id
         self._position = position
@@ -119,10 +123,10 @@ class _Follower:
         self._is_over = False
 
     async def events(self) -> AsyncGenerator[str]:
-        """Yield the stream. While Redis is away it stays open, with comments only."""
-        yield f"retry: {_RECONNECT_MILLISECONDS}\n\n"
-        sent_at = time.monotonic()
-        with self._changes.subscribed(self._batch_id) as changed:
+        """Yield the stream. While Redis is away it stays open, with comments only; it ends when the process is to."""
+        with self._streams.counted(), self._changes.subscribed(self._batch_id) as changed:
+            yield f"retry: {_RECONNECT_MILLISECONDS}\n\n"
+            sent_at = time.monotonic()
             while not self._is_over:
                 # Cleared before the look: a change that comes during the look causes another one.
                 changed.clear()
@@ -132,6 +136,8 @@ class _Follower:
                 if text := "".join(texts):  # in one piece: a history may be long
                     yield text
                     sent_at = time.monotonic()
+                if self._stopping.has_begun:  # whoever comes back with the last id goes on elsewhere
+                    return
                 if not (self._is_over or self._is_behind):
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(changed.wait(), _LOOK_SECONDS)

@@ -1,6 +1,5 @@
 """How a request that is JSON may come as a form instead: the JSON in one part, and files beside it."""
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from litestar.openapi.spec import Encoding, OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.openapi.spec.enums import OpenAPIFormat
 
-from server.api.bodies import BodyTimeout, StrictRequest
+from server.api.bodies import Patience, StrictRequest
 from server.api.json_bodies import parse_json
 from server.api.multipart import BATCH_PART, Form, max_form_bytes, read_form
 from server.api.request_context import opened_files
@@ -17,8 +16,6 @@ from server.settings import LimitsSettings
 from server.submit.files import ReceivedFile
 
 _JSON, _FORM = "application/json", "multipart/form-data"
-# Photos may take as long as the line needs; a client that sends nothing at all has gone away.
-_SILENCE_SECONDS = 30
 
 
 class FormRequest(StrictRequest):
@@ -40,7 +37,7 @@ class FormRequest(StrictRequest):
         Raises:
             UnsupportedMediaType: the content type is neither JSON nor a form.
             PayloadTooLarge: the form is larger than a form can be.
-            BodyTimeout: the client has gone silent.
+            BodyTimeout: the client has gone silent, or is far too slow.
             RequestError: what `StrictRequest.body` and `read_form` raise.
             FilesNotKept: the disk does not take the files.
         """
@@ -56,6 +53,7 @@ class FormRequest(StrictRequest):
                 self._chunks(max_form_bytes(limits)),
                 options.get("boundary"),
                 limits=limits,
+                large_bodies=self.app.state.services.large_bodies,
                 opened=opened_files(self.scope),
             )
         return self._received.batch
@@ -74,13 +72,10 @@ class FormRequest(StrictRequest):
         """The body as it comes; Litestar's limit on a body is for JSON, so it is not asked."""
         if (self.content_length or 0) > max_bytes:
             raise _too_large(max_bytes)
+        patience = Patience(self.limits)
         size_bytes, is_complete = 0, False
         while not is_complete:
-            try:
-                async with asyncio.timeout(_SILENCE_SECONDS):
-                    message = await self.receive()
-            except TimeoutError as error:
-                raise BodyTimeout(f"nothing of the body has arrived for {_SILENCE_SECONDS} s") from error
+            message = await patience.receive(self.receive)
             if message["type"] == "http.disconnect":
                 raise MalformedBody("the connection ended before the body did")
             chunk: bytes = message.get("body", b"")

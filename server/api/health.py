@@ -26,6 +26,12 @@ class Health(View):
     models: dict[str, int] = Field(description="Live workers by model; models without one are left out.")
 
 
+class Unavailable(Health):
+    """What a process without Redis or the store answers."""
+
+    code: str = Field(description="Of the error, as other routes answer it.")
+
+
 class Alive(View):
     """The process answers."""
 
@@ -43,7 +49,9 @@ def live() -> Alive:
     tags=["Operations"],
     summary="Would a batch be served?",
     response_description="Redis and the store answer",
-    responses={503: ResponseSpec(Health, description="Redis or the store does not answer", generate_examples=False)},
+    responses={
+        503: ResponseSpec(Unavailable, description="Redis or the store does not answer", generate_examples=False)
+    },
 )
 async def ready(services: NamedDependency[Services]) -> Response[Health]:
     """Ask Redis and the store.
@@ -55,13 +63,13 @@ async def ready(services: NamedDependency[Services]) -> Response[Health]:
     async def ask_redis() -> None:
         statuses.update(await services.ledger.model_statuses(services.registry.ids))
 
-    redis, store = await asyncio.gather(_outcome(ask_redis()), _outcome(_ask_store(services)))
+    redis, store = await asyncio.gather(_trouble(ask_redis()), _trouble(_ask_store(services)))
+    dependencies = {"redis": redis.detail if redis else "ok", "store": store.detail if store else "ok"}
     models = {model_id: status.workers for model_id, status in statuses.items() if status.workers}
-    if redis != "ok" or store != "ok":
-        health = Health(status="unavailable", dependencies={"redis": redis, "store": store}, models=models)
-        return Response(health, status_code=503, headers={"Retry-After": str(DependencyError.retry_after_seconds)})
-    status = "ok" if models else "degraded"
-    return Response(Health(status=status, dependencies={"redis": redis, "store": store}, models=models))
+    if trouble := redis or store:
+        health = Unavailable(status="unavailable", dependencies=dependencies, models=models, code=trouble.code)
+        return Response(health, status_code=503, headers={"Retry-After": str(trouble.retry_after_seconds)})
+    return Response(Health(status="ok" if models else "degraded", dependencies=dependencies, models=models))
 
 
 async def _ask_store(services: Services) -> None:
@@ -72,9 +80,9 @@ async def _ask_store(services: Services) -> None:
         raise StoreUnavailable(f"the store did not answer within {_STORE_TIMEOUT_SECONDS} s") from error
 
 
-async def _outcome(question: Awaitable[None]) -> str:
+async def _trouble(question: Awaitable[None]) -> DependencyError | None:
     try:
         await question
     except DependencyError as error:
-        return error.detail
-    return "ok"
+        return error
+    return None

@@ -126,7 +126,7 @@ async def cancel_job(
     status_code=200,
     tags=["Jobs"],
     summary="Retry a job",
-    responses=problems(404, 409),
+    responses=problems(403, 404, 409),
 )
 async def retry_job(
     job_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
@@ -146,7 +146,7 @@ async def retry_job(
     response_description="Every job was queued again",
     responses={
         207: ResponseSpec(RetryView, description="Some jobs were queued again", generate_examples=False),
-        **problems(413, 415, 422),
+        **problems(403, 413, 415, 422),
     },
 )
 async def retry_jobs(

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from inspect import isclass
 from itertools import islice
@@ -11,7 +12,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from server.config.allowed import suggest
+from server.config.allowed import shown, suggest
 from server.errors import FieldError, InvalidRequest, MalformedBody, json_pointer
 from server.submit.request import TOO_MANY_ITEMS
 
@@ -74,9 +75,8 @@ def decode_model(model: type[ModelT], value: Any, *, max_items: int) -> ModelT:
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedBody(f"the field {twice!a} stands twice in one object")
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise MalformedBody(f"the field {shown(twice)} stands twice in one object")
     return found
 
 

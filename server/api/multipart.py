@@ -19,6 +19,7 @@ from multipart import (  # pyright: ignore[reportMissingTypeStubs]: it has its t
     PushMultipartParser,
 )
 
+from server.api.crowding import LARGE_BYTES, LargeBodies
 from server.errors import (
     DependencyError,
     FieldError,
@@ -34,8 +35,9 @@ from server.submit.request import TOO_MANY_ITEMS
 BATCH_PART = "batch"
 # Headers of one part: the parser takes eight lines of 4,224 bytes at most; and the boundary before them.
 _MAX_PART_OVERHEAD_BYTES = 40_000
-# A thread is asked for each write, so that a slow disk holds up only its own request: not for every few bytes.
-_WRITE_BYTES = 1024 * 1024
+# A thread is asked for each write, so that a slow disk holds up only its own request: not for every few bytes. So much
+# is in memory of each form that is being sent, and there may be as many forms as connections.
+_WRITE_BYTES = 128 * 1024
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")  # RFC 2046
 _UTF8 = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 _IDENTITIES = frozenset({"binary", "8bit", "7bit"})
@@ -66,7 +68,12 @@ def max_form_bytes(limits: LimitsSettings) -> int:
 
 
 async def read_form(
-    chunks: AsyncIterable[bytes], boundary: str | None, *, limits: LimitsSettings, opened: AsyncExitStack
+    chunks: AsyncIterable[bytes],
+    boundary: str | None,
+    *,
+    limits: LimitsSettings,
+    large_bodies: LargeBodies,
+    opened: AsyncExitStack,
 ) -> Form:
     """Read a form to its end.
 
@@ -75,6 +82,7 @@ async def read_form(
         boundary: as the content type of the request names it.
         limits: `max_body_bytes` holds for the part `batch`, `max_batch_items` for the number of files. Of a file that
             is larger than `max_upload_bytes` the rest is read and dropped.
+        large_bodies: where the part `batch` takes a place when it turns out to be large.
         opened: closes the files, which are on disk and have no name there.
 
     Raises:
@@ -82,6 +90,7 @@ async def read_form(
         InvalidRequest: it has parts that it may not have.
         PayloadTooLarge: its part `batch` is too large.
         UnsupportedMediaType: its part `batch` is not in UTF-8.
+        TooManyLargeBodies: its part `batch` is large, and so are too many others.
         FilesNotKept: the disk does not take the files.
     """
     if boundary is None or not _BOUNDARY.fullmatch(boundary):
@@ -89,7 +98,7 @@ async def read_form(
             "the content type multipart/form-data needs a boundary of 1 to 70 characters; HTTP clients add it"
         )
     parser = PushMultipartParser(boundary)
-    parts = _Parts(limits, opened)
+    parts = _Parts(limits, large_bodies, opened)
     try:
         async for chunk in chunks:
             for event in parser.parse(chunk) if chunk else ():
@@ -108,8 +117,9 @@ async def read_form(
 class _Parts:
     """Takes one event of the parser after another, and knows which part they belong to."""
 
-    def __init__(self, limits: LimitsSettings, opened: AsyncExitStack) -> None:
+    def __init__(self, limits: LimitsSettings, large_bodies: LargeBodies, opened: AsyncExitStack) -> None:
         self._limits = limits
+        self._large_bodies = large_bodies
         self._opened = opened
         self._batch: bytearray | None = None
         self._files: dict[str, ReceivedFile] = {}
@@ -171,6 +181,8 @@ class _Parts:
                     f"the part {BATCH_PART} has more than {self._limits.max_body_bytes} bytes, which is what "
                     "limits.max_body_bytes allows; photos belong into parts of their own"
                 )
+            if len(self._batch) <= LARGE_BYTES < len(self._batch) + len(data):
+                self._large_bodies.take(self._opened)
             self._batch += data
 
 

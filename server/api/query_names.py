@@ -1,5 +1,6 @@
 """Refuses query parameters that nobody reads: a mistyped filter would else silently show everything."""
 
+from itertools import islice
 from typing import Any, cast
 
 from litestar.connection import ASGIConnection
@@ -9,6 +10,8 @@ from litestar.types import HTTPScope
 
 from server.config.allowed import suggest
 from server.errors import FieldError, InvalidRequest
+
+_MAX_REPORTED_ERRORS = 50
 
 
 def refuse_unknown_names(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
@@ -21,10 +24,11 @@ def refuse_unknown_names(connection: ASGIConnection[Any, Any, Any, Any], _handle
     if not given:
         return
     known = _names_of_route(connection)
+    # Finding what was probably meant takes time, and a query may hold thousands of names.
+    unknown = islice((name for name in dict.fromkeys(given) if name not in known), _MAX_REPORTED_ERRORS)
     mistakes = [
         FieldError(f"?{name}", "unknown_field", f"there is no such parameter here; {suggest(name, known)}")
-        for name in dict.fromkeys(given)
-        if name not in known
+        for name in unknown
     ]
     mistakes += [
         FieldError(f"?{name}", "invalid_value", "stands there more than once")
@@ -32,7 +36,7 @@ def refuse_unknown_names(connection: ASGIConnection[Any, Any, Any, Any], _handle
         if name in known and given.count(name) > 1
     ]
     if mistakes:
-        raise InvalidRequest(f"{mistakes[0].location}: {mistakes[0].detail}", tuple(mistakes[:50]))
+        raise InvalidRequest(f"{mistakes[0].location}: {mistakes[0].detail}", tuple(mistakes[:_MAX_REPORTED_ERRORS]))
 
 
 def _names_of_route(connection: ASGIConnection[Any, Any, Any, Any]) -> list[str]:

@@ -6,6 +6,7 @@ from server.api.services import Services
 from server.errors import Conflict, NotFound, QueueFull, RequestError
 from server.keys import Principal
 from server.ledger.api_side import ReopenAnswer
+from server.submit.admission import no_room_for
 
 
 class InputExpired(Conflict):
@@ -20,9 +21,14 @@ async def reopen(services: Services, principal: Principal, job_ids: Sequence[str
 
     Raises:
         QueueFull: they would be more than may be open at once; none was queued.
+        TooManyOpenJobs: they would be more than the caller's key allows; none was queued.
+        Forbidden: they alone are more than it allows.
     """
     most = services.settings.limits.max_open_jobs
-    answers = await services.ledger.reopen(principal.reach, job_ids, max_open_jobs=most)
+    limited = None if principal.max_open_jobs is None else (principal.owner, principal.max_open_jobs)
+    answers = await services.ledger.reopen(principal.reach, job_ids, max_open_jobs=most, limited=limited)
+    if "owner_full" in answers:
+        raise no_room_for(answers.count("owner_full"), principal.max_open_jobs)
     if "full" in answers:
         raise QueueFull(f"{most} jobs are open at most; try again when some are done")
     return answers

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import anyio
 
+from server.api.crowding import LargeBodies, OpenStreams
+from server.api.stopping import Stopping
 from server.changes import Changes
 from server.keys import KeyStore
 from server.ledger.api_side import ApiLedger
@@ -29,3 +31,6 @@ class Services:
     submitter: Submitter
     changes: Changes
     webhook_secrets: WebhookSecrets
+    streams: OpenStreams
+    large_bodies: LargeBodies
+    stopping: Stopping

@@ -11,6 +11,7 @@ from litestar.params import JSONBody
 from pydantic import Field
 
 from server.api.errors import problems
+from server.api.key_limits import take_bytes
 from server.api.services import Services
 from server.api.views import ItemErrorView, View, view_item_error
 from server.errors import ItemError, NothingAccepted, RequestError, json_pointer
@@ -81,7 +82,7 @@ class UploadsView(View):
     response_description="Every file got a form",
     responses={
         207: ResponseSpec(UploadsView, description="Some files got a form", generate_examples=False),
-        **problems(413, 415, 422),
+        **problems(403, 413, 415, 422),
     },
 )
 async def create_uploads(
@@ -103,6 +104,7 @@ async def create_uploads(
             errors.append(ItemError(index, json_pointer(("files", index)), error.code, error.detail))
     if not records:
         raise NothingAccepted(f"none of the {len(errors)} file(s) can be taken; see errors", tuple(errors))
+    await take_bytes(services.ledger, principal, sum(record.size_bytes for record in records.values()))
     upload_ids = await services.ledger.announce_uploads(
         list(records.values()),
         form_ttl_seconds=limits.form_ttl_seconds,

@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 _MAX_SHOWN_CHARACTERS = 60
+# Looking for passwords takes time, and a request may hold a text of a megabyte, which several messages show.
+_MAX_SEARCHED_CHARACTERS = 10_000
 _KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -101,7 +103,7 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int) and abs(value) > 10**_MAX_SHOWN_CHARACTERS:
         return "a very large number"  # Python itself refuses to write one of over 4300 digits
-    text = repr(value)
+    text = repr(value[:_MAX_SEARCHED_CHARACTERS] if isinstance(value, str) else value)
     text = re.sub(r"//\S*@", "//***@", text)
     text = re.sub(r"(?i)(password=)[^&\s'\"]*", r"\1***", text)
     return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:_MAX_SHOWN_CHARACTERS]}…"

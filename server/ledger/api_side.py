@@ -7,22 +7,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from server.errors import ConfigError
 from server.jobs import Batch
 from server.ledger.api_scripts import connect, ledger_errors
 from server.ledger.deliveries import LedgerWebhooks
 from server.ledger.expiring import LedgerJanitor
 from server.ledger.reading import LedgerReader
 from server.ledger.records import UploadRecord, batch_fields, dump, job_fields, parse_upload, upload_fields
-from server.ledger.scripts import SCHEMA_VERSION
+from server.ledger.scripts import SCHEMA_VERSION, check_schema
 from server.ledger.status import ModelStatus, WorkerStatus, model_statuses, parse_worker
-from server.settings import RetentionSettings
+from server.ledger.tokens import LedgerTokens
+from server.settings import AdmissionSettings, RetentionSettings
 
 __all__ = ["ApiLedger", "connect"]
 
-SubmitKind = Literal["accepted", "replayed", "conflict", "missing_upload", "full"]
+SubmitKind = Literal[
+    "accepted", "replayed", "conflict", "missing_upload", "full", "owner_full", "no_memory", "unserved"
+]
 CancelAnswer = Literal["cancelled", "requested", "finished", "unknown"]
-ReopenAnswer = Literal["queued", "open", "succeeded", "expired", "unknown", "full"]
+ReopenAnswer = Literal["queued", "open", "succeeded", "expired", "unknown", "full", "owner_full"]
 DeleteAnswer = Literal["deleted", "open", "unknown"]
 POISON_AFTER_DEVICE_DEATHS = 3
 _SWEEP_LIMIT = 100
@@ -47,7 +49,13 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class SubmitResult:
-    """How a submission ended; `text` is the first answer (replayed) or an upload's id (missing_upload)."""
+    """How a submission ended.
+
+    Attributes:
+        kind: in a word.
+        text: the first answer (replayed), the id of an upload (missing_upload) or of a model (unserved), or how many
+            percent of its memory Redis uses (no_memory).
+    """
 
     kind: SubmitKind
     text: str
@@ -65,10 +73,20 @@ class SweepReport:
     waiting: bool
 
 
-class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
+class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks, LedgerTokens):
     """The API's view of the ledger."""
 
-    SCRIPTS = ("announce_uploads", "lost_upload", "submit", "cancel", "reopen", "delete_batch", "sweep", "fail_removed")
+    SCRIPTS = (
+        "expect_models",
+        "announce_uploads",
+        "lost_upload",
+        "submit",
+        "cancel",
+        "reopen",
+        "delete_batch",
+        "sweep",
+        "fail_removed",
+    )
 
     async def check_schema(self) -> None:
         """Store the schema version in an empty ledger; refuse one that another version wrote.
@@ -83,12 +101,11 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
             ):  # a full Redis refuses even a SET that would change nothing, and must be read all the same
                 await self._client.set(f"{self._prefix}:schema", SCHEMA_VERSION, nx=True)
                 found = await self._client.get(f"{self._prefix}:schema")
-        if found != SCHEMA_VERSION:
-            problem = (
-                f"redis: the ledger under '{self._prefix}' has schema {found}; this version reads {SCHEMA_VERSION}: "
-                "let the version that wrote it finish its jobs, or give another redis.key_prefix"
-            )
-            raise ConfigError([problem])
+        check_schema(cast("str | None", found), self._prefix)
+
+    async def expect_models(self, models: Sequence[str]) -> None:
+        """Begin to wait for workers of those `models` that nobody has served yet, as far as is known."""
+        await self._run("expect_models", *models)
 
     async def announce_uploads(
         self,
@@ -149,9 +166,15 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
         *,
         retention: RetentionSettings,
         max_open_jobs: int,
+        max_owner_jobs: int | None = None,
+        admission: AdmissionSettings | None = None,
         idempotency: Idempotency | None = None,
     ) -> SubmitResult:
-        """Accept a batch: all of it, durably, or nothing. Repeating the call with the same batch id changes nothing."""
+        """Accept a batch: all of it, durably, or nothing. Repeating the call with the same batch id changes nothing.
+
+        Without `admission` neither Redis' memory nor the workers are looked at, without `max_owner_jobs` only the open
+        jobs of all owners together.
+        """
         request: dict[str, Any] = {
             "batch": {"id": batch.id, "owner": batch.owner, "fields": batch_fields(batch, retention)},
             "jobs": [
@@ -165,6 +188,13 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
             ],
             "max_open": max_open_jobs,
         }
+        if max_owner_jobs is not None:
+            request["max_owner_open"] = max_owner_jobs
+        if admission:
+            request["admission"] = {
+                "max_memory_fraction": admission.max_memory_fraction,
+                "grace_ms": int(admission.worker_grace_seconds * 1000),
+            }
         if idempotency:
             request["idempotency"] = {
                 "key": idempotency.key_sha256,
@@ -179,9 +209,24 @@ class ApiLedger(LedgerReader, LedgerJanitor, LedgerWebhooks):
         """Cancel jobs of `owner` ("" for any); answers are in the order of `job_ids`."""
         return await self._run("cancel", secrets.token_hex(16), owner, *job_ids)
 
-    async def reopen(self, owner: str, job_ids: Sequence[str], *, max_open_jobs: int) -> list[ReopenAnswer]:
-        """Queue failed and cancelled jobs of `owner` ("" for any) again; answers are in the order of `job_ids`."""
-        return await self._run("reopen", secrets.token_hex(16), owner, max_open_jobs, *job_ids)
+    async def reopen(
+        self,
+        owner: str,
+        job_ids: Sequence[str],
+        *,
+        max_open_jobs: int,
+        limited: tuple[str, int] | None = None,
+    ) -> list[ReopenAnswer]:
+        """Queue failed and cancelled jobs of `owner` ("" for any) again; answers are in the order of `job_ids`.
+
+        Args:
+            owner: whose jobs they may be.
+            job_ids: each of them, or none, is queued as far as there is room.
+            max_open_jobs: of all owners together.
+            limited: an owner, and how many of that owner's jobs may be open.
+        """
+        limits = (max_open_jobs, *(limited or ("", "")))
+        return await self._run("reopen", secrets.token_hex(16), owner, *limits, *job_ids)
 
     async def delete_batch(self, owner: str, batch_id: str) -> DeleteAnswer:
         """Forget a finished batch of `owner` ("" for any), its results, and its photos if nothing else needs them."""

@@ -7,9 +7,11 @@ from typing import Any
 import redis
 from redis.exceptions import BusyLoadingError, OutOfMemoryError, ReadOnlyError, RedisError
 
-from server.errors import LedgerUnavailable
+from server.errors import ConfigError, LedgerFull, LedgerUnavailable
 from server.queue import DRAMATIQ_NAMESPACE
 
+# Counted up when processes of the version before could not work on the same ledger any more. Whoever changes what the
+# ledger holds keeps one of before in tests/integration/ledger/fixtures.
 SCHEMA_VERSION = "2"
 
 # A full Redis must refuse new work and still let the accepted work drain.
@@ -32,6 +34,7 @@ _PARTS = {
     "take_webhooks": ("reading",),
     "expire": ("expiry",),
     "delete_batch": ("expiry",),
+    "finish_marked": ("expiry",),
 }
 _DRAINING = "flags=allow-oom"
 
@@ -43,6 +46,29 @@ def script_text(name: str) -> str:
     flags = _FLAGS.get(name, _DRAINING)
     parts = ((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("prelude", *_PARTS.get(name, ()), name))
     return f"#!lua {flags}\n" + "\n".join(parts)
+
+
+def check_schema(found: str | None, key_prefix: str) -> None:
+    """Refuse a ledger that another version wrote.
+
+    Args:
+        found: what the ledger says of itself; None where there is none yet.
+        key_prefix: of the ledger.
+
+    Raises:
+        ConfigError: it is of another schema version.
+    """
+    if found is None or found == SCHEMA_VERSION:
+        return
+    is_newer = found.isdecimal() and int(found) > int(SCHEMA_VERSION)
+    advice = (
+        "a later version of Restage wrote it: start that version again, or give another redis.key_prefix"
+        if is_newer
+        else "let the version that wrote it finish its jobs, or give another redis.key_prefix"
+    )
+    raise ConfigError(
+        [f"redis: the ledger under '{key_prefix}' has schema {found}; this version reads {SCHEMA_VERSION}: {advice}"]
+    )
 
 
 def script_keys(key_prefix: str) -> list[str]:
@@ -58,9 +84,11 @@ def _reason(error: RedisError) -> str:
 
 def unavailable(error: RedisError) -> LedgerUnavailable | None:
     """Return what to raise for `error` when it means that Redis cannot serve now, None when it is a mistake of ours."""
-    transient = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError, ReadOnlyError)
-    words = ("OOM", "MISCONF", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "BUSY ")
+    transient = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ReadOnlyError)
+    words = ("MISCONF", "LOADING", "READONLY", "MASTERDOWN", "NOREPLICAS", "BUSY ")
     reason = _reason(error)
+    if isinstance(error, OutOfMemoryError) or reason.startswith("OOM"):
+        return LedgerFull(f"Redis does not serve: {reason}")
     if isinstance(error, transient) or reason.startswith(words):
         return LedgerUnavailable(f"Redis does not serve: {reason}")
     return None

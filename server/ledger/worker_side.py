@@ -16,7 +16,7 @@ from redis.retry import Retry
 from server.eta import RUN
 from server.jobs import Job, JobInput, JobOutput
 from server.ledger.records import dump, parse_job
-from server.ledger.scripts import as_map, script_keys, script_text, unavailable
+from server.ledger.scripts import as_map, check_schema, script_keys, script_text, unavailable
 from server.ledger.sent import SentScript
 from server.ledger.status import WorkerStatus, worker_fields
 from server.settings import RedisSettings
@@ -150,6 +150,17 @@ class WorkerLedger:
         with ledger_errors():
             return self._scripts[name](keys=self._keys, args=[*args])  # pyright: ignore[reportArgumentType]
 
+    def check_schema(self) -> None:
+        """Refuse a ledger that another version wrote; one that no API has begun yet is none of these.
+
+        Raises:
+            ConfigError: the ledger has another schema version.
+            LedgerUnavailable: Redis does not serve.
+        """
+        with ledger_errors():
+            found = cast("str | None", self._client.get(f"{self._prefix}:schema"))
+        check_schema(found, self._prefix)
+
     def claim(self, models: Sequence[str], *, num_held: int, high_only: bool = False) -> Job | Alone | None:
         """Take the best ready job of `models`, or None when nothing is ready; with `high_only` of that priority alone.
 
@@ -214,6 +225,12 @@ class WorkerLedger:
         ran_on = (weights_sha256 or "", dump(dict(optimizations)) if optimizations else "")
         return cast("Reply", self._run("commit", job_id, fence, *map(dump, documents), *ran_on, *measured))
 
+    def finished_at_ms(self, job_id: str) -> int | None:
+        """Return when a job was finished; None where the ledger does not know it as finished, or not at all."""
+        with ledger_errors():
+            found = cast("str | None", self._client.hget(f"{self._prefix}:job:{job_id}", "finished_at"))
+        return None if found is None else int(found)
+
     def fail(self, job_id: str, fence: int, *, code: str, detail: str, timings: Mapping[str, float]) -> Reply:
         """End the job as failed, or as cancelled when that was asked for."""
         return cast("Reply", self._run("fail", job_id, fence, code, _encodable(detail), dump(dict(timings))))
@@ -265,8 +282,10 @@ class WorkerLedger:
             model: model == status.loading or (one.resident and model not in status.leaving)
             for model, one in status.models.items()
         }
+        ready = [model for model, one in status.models.items() if one.ready]
         self._announced = tuple(holds)
-        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, dump(weights), dump(holds), *fields)
+        said = (dump(weights), dump(holds), dump(ready))
+        self._run("announce", self.worker_id, ANNOUNCED_FOR_SECONDS * 1000, *said, *fields)
 
     def leave(self) -> None:
         """Take the announcement back, as the last act of a worker that stops in order."""

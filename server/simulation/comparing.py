@@ -13,6 +13,7 @@ from server.simulation.trace import (
     PUBLISHED_SEED,
     TWO_MODELS,
     FleetModel,
+    Submission,
     Traffic,
     arrivals,
     mean_job_seconds,
@@ -33,6 +34,26 @@ def simulate(fleet: Fleet, traffic: Traffic, seed: int, *, any_model: bool = Fal
     """Return the figures of one simulation."""
     submissions = arrivals(fleet.models, traffic, seed)
     return Simulation(fleet, submissions, any_model=any_model, seed=seed).run().figures()
+
+
+def waits_beside_many(
+    num_workers: int, *, num_jobs: int = 10_000, num_photos: int = 5, job_seconds: float = 10.0, any_model: bool = False
+) -> list[float]:
+    """Return how long each photo of an owner waits who comes when another owner has sent many, in seconds.
+
+    Args:
+        num_workers: of one model, which is in memory.
+        num_jobs: of the other owner, all sent at once.
+        num_photos: of the one who comes a while later.
+        job_seconds: of every job.
+        any_model: jobs go by age alone, whoever sent them.
+    """
+    fleet = Fleet(num_workers, (FleetModel("a", 1.0, job_seconds, 0.0),))
+    trace = [
+        Submission(at_seconds, owner, "a", Priority.NORMAL, (job_seconds,) * count)
+        for at_seconds, owner, count in ((0.0, "many", num_jobs), (2.5 * job_seconds, "few", num_photos))
+    ]
+    return sorted(Simulation(fleet, trace, any_model=any_model).run().owner_waits_seconds["few"])
 
 
 @dataclass(frozen=True)

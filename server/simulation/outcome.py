@@ -1,6 +1,7 @@
 """What became of a simulated fleet's jobs, in figures."""
 
 from array import array
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class Outcome:
     Attributes:
         num_workers: of the fleet.
         waits_seconds: by priority, from submission until the run began that ended well.
+        owner_waits_seconds: likewise, by owner.
         in_system_seconds: over all jobs, from submission to the end.
         worked_seconds: on devices, by runs that ended well.
         lost_seconds: likewise, by runs that were cut off.
@@ -51,6 +53,7 @@ class Outcome:
     waits_seconds: dict[Priority, "array[float]"] = field(
         default_factory=lambda: {priority: array("d") for priority in Priority}
     )
+    owner_waits_seconds: dict[str, "array[float]"] = field(default_factory=lambda: defaultdict(lambda: array("d")))
     in_system_seconds: float = 0.0
     worked_seconds: float = 0.0
     lost_seconds: float = 0.0

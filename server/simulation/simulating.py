@@ -179,7 +179,9 @@ class Simulation:
         self._job_seconds[job.model] = (1 - NEW_SHARE) * known + NEW_SHARE * job.seconds
         self._num_open -= 1
         outcome = self.outcome
-        outcome.waits_seconds[job.priority].append(worker.since - job.at_seconds)
+        wait_seconds = worker.since - job.at_seconds
+        outcome.waits_seconds[job.priority].append(wait_seconds)
+        outcome.owner_waits_seconds[job.owner].append(wait_seconds)
         outcome.in_system_seconds += self._now - job.at_seconds
         outcome.worked_seconds += job.seconds
         outcome.end_seconds = self._now

@@ -9,18 +9,16 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
 from server.errors import (
-    IdempotencyConflict,
     ItemError,
     LedgerUnavailable,
     NotFound,
-    NothingAccepted,
-    QueueFull,
     RequestError,
 )
 from server.jobs import Batch, Job, JobInput, Priority, Webhook
-from server.ledger.api_side import ApiLedger, Idempotency
+from server.ledger.api_side import ApiLedger, Idempotency, SubmitResult
 from server.ledger.records import UploadRecord
 from server.settings import Settings
+from server.submit.admission import conflict, no_room_for, not_served, nothing_accepted, refusal_of
 from server.submit.files import FileUploads, ReceivedFile
 from server.submit.look import PhotoLook, UploadLost, UploadNotFound
 from server.submit.refusals import ItemRefused, item_error
@@ -76,6 +74,7 @@ class Submitter:
         files: Mapping[str, ReceivedFile] = MappingProxyType({}),
         *,
         key_id: str | None = None,
+        max_owner_jobs: int | None = None,
     ) -> Submission:
         """Accept the items that can be done, durably, and say of each other one why not.
 
@@ -85,16 +84,21 @@ class Submitter:
             idempotency: where the same request may come again.
             files: of the form that the request came in, by the names of their parts.
             key_id: whose secret signs the batch's webhook.
+            max_owner_jobs: how many jobs of `owner` may be open with these; None for any number.
 
         Raises:
             NothingAccepted: every item was refused.
             IdempotencyConflict: the key was used before, with another body.
             QueueFull: too many jobs are open.
+            TooManyOpenJobs: too many of this owner are.
+            Forbidden: the batch alone has more than this owner may have open.
+            LedgerFull: Redis' memory is kept for open jobs.
+            ModelNotServed: no item can be done now, and some could be if a worker were ready for their model.
             DependencyError: Redis or the store is away; nothing was accepted, or the same key finds what was.
         """
         if idempotency and (first := await self._ledger.find_idempotent(owner, idempotency.key)):
             if first[0] != idempotency.body_sha256:
-                raise _conflict()
+                raise conflict()
             return await self._replay(first[1])
         drafts, errors = self._resolve(request)
         drafts = await self._store_files(owner, request, drafts, files, errors)
@@ -109,7 +113,7 @@ class Submitter:
                 jobs.append(draft.complete(inputs, owner=owner, priority=Priority(request.priority)))
             except ItemRefused as refused:
                 errors.append(item_error(request, draft.index, refused.error, refused.place))
-        return await self._accept(owner, key_id, request, jobs, errors, idempotency)
+        return await self._accept(owner, key_id, request, jobs, errors, idempotency, max_owner_jobs)
 
     def _resolve(self, request: BatchRequest) -> tuple[list[Draft], list[ItemError]]:
         drafts: list[Draft] = []
@@ -164,6 +168,7 @@ class Submitter:
         jobs: list[Job],
         errors: list[ItemError],
         idempotency: IdempotencyKey | None,
+        max_owner_jobs: int | None,
     ) -> Submission:
         while jobs:
             batch = _new_batch(owner, key_id, request, jobs)
@@ -172,6 +177,8 @@ class Submitter:
                 batch,
                 retention=self._settings.retention,
                 max_open_jobs=self._settings.limits.max_open_jobs,
+                max_owner_jobs=max_owner_jobs,
+                admission=self._settings.admission,
                 idempotency=idempotency and self._keep(idempotency, batch.id, errors),
             )
             match result.kind:
@@ -179,19 +186,26 @@ class Submitter:
                     return Submission(await self._read_accepted(batch), tuple(errors))
                 case "replayed":
                     return await self._replay(result.text)
-                case "conflict":
-                    raise _conflict()
-                case "full":
-                    raise QueueFull(
-                        f"{self._settings.limits.max_open_jobs} jobs are open at most; try again when some are done"
-                    )
-                case "missing_upload":
-                    # It expired since we looked. What is left goes under a new id: an id stands for one content.
-                    gone = [job for job in jobs if any(one.upload_id == result.text for one in job.inputs)]
-                    errors += [_expired(request, job, result.text) for job in gone]
-                    jobs = [job for job in jobs if job not in gone]
-        errors.sort(key=lambda error: error.index)
-        raise NothingAccepted(f"none of the {len(errors)} item(s) can be done; see errors", tuple(errors))
+                case "missing_upload" | "unserved":
+                    # What is left goes under a new id: an id stands for one content.
+                    refused = {job.id: error for job in jobs if (error := self._refuse(request, job, result))}
+                    errors += refused.values()
+                    jobs = [job for job in jobs if job.id not in refused]
+                case "owner_full":
+                    raise no_room_for(len(jobs), max_owner_jobs)
+                case _:
+                    raise refusal_of(result, self._settings)
+        raise nothing_accepted(sorted(errors, key=lambda error: error.index))
+
+    def _refuse(self, request: BatchRequest, job: Job, result: SubmitResult) -> ItemError | None:
+        """Tell what `result` has against one job of several, or None."""
+        if result.kind == "unserved":
+            is_meant = job.model == result.text
+            error = not_served(job.model, self._settings)
+            return item_error(request, job.index, error, ("model",)) if is_meant else None
+        # It expired since we looked.
+        upload_ids = [one.upload_id for one in job.inputs]
+        return _expired(request, job, result.text) if result.text in upload_ids else None
 
     def _keep(self, idempotency: IdempotencyKey, batch_id: str, errors: Sequence[ItemError]) -> Idempotency:
         answer = {"batch_id": batch_id, "errors": [asdict(error) for error in errors]}
@@ -245,7 +259,3 @@ def _expired(request: BatchRequest, job: Job, upload_id: str) -> ItemError:
     number = [one.upload_id for one in job.inputs].index(upload_id)
     place = request.items[job.index].photo_places[number]
     return item_error(request, job.index, UploadNotFound("the upload has expired"), place)
-
-
-def _conflict() -> IdempotencyConflict:
-    return IdempotencyConflict("this Idempotency-Key was used with another body; use a new key for a new request")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
-from server.errors import InvalidRequest, ItemError, RequestError, json_pointer
+from server.errors import InvalidRequest, ItemError, RequestError, ServerError, json_pointer
 from server.model_entry import InvalidParams
 from server.submit.request import BatchRequest, Place, RequestModel
 
@@ -32,7 +32,7 @@ def about(*place: str | int) -> Generator[None]:
         raise ItemRefused(error, place) from error
 
 
-def item_error(request: BatchRequest, index: int, error: RequestError, place: Place = ()) -> ItemError:
+def item_error(request: BatchRequest, index: int, error: ServerError, place: Place = ()) -> ItemError:
     """Tell why an item was refused.
 
     Args:

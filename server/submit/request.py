@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from server.config.allowed import shown
 from server.jobs import OutputSpec
-from server.model_entry import merge_params
+from server.model_entry import MAX_PARAMS, merge_params
 
 # The way to a value within an item: names of fields, and places in lists.
 Place = tuple[str | int, ...]
@@ -38,6 +38,17 @@ def _check_count(value: object, info: ValidationInfo) -> object:
 
 def _length(value: object) -> int:
     return len(cast("list[object]", value)) if isinstance(value, list) else 0
+
+
+def _check_params(value: object) -> object:
+    """Refuse what no model can read before it is laid over the defaults of model and LoRAs, for each item again."""
+    if isinstance(value, dict) and len(cast("dict[str, object]", value)) > MAX_PARAMS:
+        raise PydanticCustomError(
+            "too_many_entries",
+            "holds {count} parameters; at most {limit} are read",
+            {"limit": MAX_PARAMS, "count": len(cast("dict[str, object]", value))},
+        )
+    return cast("object", value)
 
 
 # How many a list may hold is a setting, which whoever validates passes as `context["max_items"]`.
@@ -112,7 +123,9 @@ class ItemSettings(RequestModel):
     style: str | None = Field(default=None, description="`modern` when left out.")
     prompt: str | None = Field(default=None, description="Replaces the prompt of room type and style.")
     negative_prompt: str | None = Field(default=None, description="Only for models that have one.")
-    params: dict[str, Any] | None = Field(default=None, description="Of the model; see `params_schema` of the model.")
+    params: Annotated[dict[str, Any] | None, BeforeValidator(_check_params)] = Field(
+        default=None, description="Of the model; see `params_schema` of the model."
+    )
     loras: list[LoraRequest] | None = Field(
         default=None, max_length=MAX_LORAS, description="An item's list replaces the shared one; ids differ."
     )
@@ -189,7 +202,10 @@ def merge_settings(defaults: ItemSettings, item: ItemSettings) -> ItemSettings:
         merged["params"] = {name: value for name, value in params.items() if name not in taken}
     if defaults.output is not None and item.output is not None:
         merged["output"] = OutputRequest(**(_given(defaults.output) | _given(item.output)))
-    return ItemSettings(**{name: value for name, value in merged.items() if name in ItemSettings.model_fields})
+    # Each value was checked where it stood, and together they need not keep the bounds of one place.
+    return ItemSettings.model_construct(
+        **{name: value for name, value in merged.items() if name in ItemSettings.model_fields}
+    )
 
 
 def output_spec(request: OutputRequest | None) -> OutputSpec:

@@ -54,6 +54,7 @@ class Claimer:
         self._planner = planner
         self._stopping = threading.Event()
         self._must_be_alone = False
+        self._is_ledger_ours = False
 
     def stop(self) -> None:
         """Claim no more; a claim under way may still bring a job."""
@@ -67,10 +68,15 @@ class Claimer:
             self._awake.set()
 
     def run(self) -> None:
-        """Claim until `stop`."""
+        """Claim until `stop`.
+
+        Raises:
+            ConfigError: the ledger is another version's.
+        """
         pause_seconds = self._settings.poll_seconds
         while not self._stopping.is_set():
             try:
+                self._check_ledger()
                 self._fill_hand()
                 self._planner.plan()
             except LedgerUnavailable as error:
@@ -80,6 +86,11 @@ class Claimer:
                 pause_seconds = self._settings.poll_seconds
             self._awake.wait(pause_seconds)
             self._awake.clear()
+
+    def _check_ledger(self) -> None:
+        if not self._is_ledger_ours:
+            self._ledger.check_schema()
+            self._is_ledger_ours = True
 
     def _fill_hand(self) -> None:
         while (place := self._free_place()) is not None:

@@ -30,7 +30,7 @@ from typing import Literal
 import structlog
 from PIL import Image
 
-from server.errors import LedgerUnavailable
+from server.errors import ConfigError, LedgerUnavailable
 from server.jobs import Job
 from server.ledger.status import CurrentJob, WorkerStatus
 from server.ledger.worker_side import WorkerLedger, connect
@@ -53,6 +53,7 @@ from server.worker.run_job import JobRunner
 from server.worker.specs import model_specs
 
 EXIT_OK = 0
+EXIT_OTHER_LEDGER = 1
 EXIT_NO_MODELS = 3
 EXIT_THREAD_DIED = 4
 EXIT_DEVICE_WORN_OUT = 6
@@ -61,10 +62,11 @@ SWITCH_SECONDS = 0.001
 # What threads get to notice that the process ends.
 FAREWELL_SECONDS = 4.0
 
-Order = Literal["stop", "no_models", "device_worn_out"]
+Order = Literal["stop", "no_models", "device_worn_out", "other_ledger"]
 _EXIT_STATUS: Mapping[Order, int] = {
     "stop": EXIT_OK,
     "no_models": EXIT_NO_MODELS,
+    "other_ledger": EXIT_OTHER_LEDGER,
     "device_worn_out": EXIT_DEVICE_WORN_OUT,
 }
 
@@ -82,8 +84,9 @@ def run_worker(settings: Settings, decoders: Decoders, device: str | None = None
         device: as torch names it; `worker.device` when left out.
 
     Returns:
-        The exit status: 0 after a signal, 3 when no model can be served, 6 when jobs do not fit any more that did. (A
-        device that is lost ends the process with 5, a thread that dies with 4, the watchdog with 1.)
+        The exit status: 0 after a signal, 1 when the ledger is another version's, 3 when no model can be served, 6 when
+        jobs do not fit any more that did. (A device that is lost ends the process with 5, a thread that dies with 4,
+        the watchdog with 1.)
     """
     configure_logging(settings.log)
     faulthandler.enable()
@@ -193,7 +196,7 @@ class Worker:
         self._start("renewer", self._renewer.run)
         self._start("control", self._control.run)
         self._start("announcer", self._announcer.run)
-        self._start("claimer", self._claimer.run)
+        self._start("claimer", self._claim)
         self._bells.start()
         order = self._orders.get()
         log.info("worker.stopping", worker=self.id, reason=order, held_jobs=len(self._hand))
@@ -266,6 +269,13 @@ class Worker:
         self._pool.shutdown()
         self._decoders.close()
         self._store.close()
+
+    def _claim(self) -> None:
+        try:
+            self._claimer.run()
+        except ConfigError as error:
+            log.critical("worker.refused", worker=self.id, detail=error.detail)
+            self._orders.put("other_ledger")
 
     def _take(self, job: Job) -> None:
         in_hand = self._hand.take(job)

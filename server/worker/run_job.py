@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipelines.errors import BadInput, Cancelled, DeadlineExceeded, OutOfMemory
 from pipelines.photos import CONTENT_TYPES, OutputFormat
-from server.errors import DependencyError, ObjectChanged, ObjectNotFound, StoreUnavailable
+from server.errors import DependencyError, ObjectChanged, ObjectNotFound, StoreTooSlow, StoreUnavailable
 from server.eta import measured_speeds
 from server.jobs import JobInput, JobOutput
 from server.ledger.worker_side import WorkerLedger
@@ -24,6 +24,7 @@ from server.worker.decoding import Decoders, Size
 from server.worker.decoding_frames import Encoding
 from server.worker.errors import LeaseLost, MemoryInPieces, ModelChanged, ModelUnavailable
 from server.worker.hand import Hand, JobInHand
+from server.worker.marking import leave_marker
 from server.worker.patience import Outage
 from server.worker.sizing import final_params, output_size
 
@@ -135,7 +136,7 @@ class JobRunner:
         recorded = in_hand.job.inputs[place]
         in_hand.check()
         data = self._store_outage.outwait(
-            lambda: self._store.fetch_upload(recorded.key, recorded.etag),
+            lambda: self._store.fetch_upload(recorded.key, recorded.etag, size_bytes=recorded.size_bytes),
             check=in_hand.check,
             patience_seconds=self._settings.job_timeout_seconds,
         )
@@ -178,7 +179,9 @@ class JobRunner:
             ),
             check=in_hand.check_process,
         )
-        if reply != "ok":
+        if reply == "ok":
+            self._mark(in_hand, output)
+        else:
             self._delete(output)
         self._close(in_hand, "succeeded" if reply == "ok" else reply)
 
@@ -189,6 +192,12 @@ class JobRunner:
             patience_seconds=self._settings.job_timeout_seconds,
         )
         in_hand.check()
+
+    def _mark(self, in_hand: JobInHand, output: JobOutput) -> None:
+        """Leave a marker beside a result that is the job's by now; without it the job is done all the same."""
+        error = failure_of(lambda: leave_marker(self._ledger, self._store, in_hand, output))
+        if error is not None:
+            log.warning("marker.left_out", job=in_hand.job.id, error=f"{type(error).__name__}: {error}")
 
     def _delete(self, output: JobOutput) -> None:
         try:
@@ -216,6 +225,10 @@ class JobRunner:
         counts, told = not is_expected(error), ("not_served", str(error))
         if isinstance(error, MemoryInPieces):
             counts, told = True, ("out_of_memory", str(error))  # yet it might be the job after all
+        elif isinstance(error, StoreTooSlow):
+            # The store is there, and this photo or result does not get through: that need not end by itself.
+            counts = True
+            told = ("store_unavailable", "The photo or the result could not be moved: the store is too slow.")
         elif counts:
             bug = f"The worker met an unexpected {type(error).__name__}; its log has the details under the job's id."
             told = ("internal_error", bug)

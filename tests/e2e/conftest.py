@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 
 from server.child import Child
 from server.ports import free_ports
+from tests.conftest import untraced
 
 PYTHON = [sys.executable, "-m", "server.cli"]
 PATIENCE_SECONDS = 120.0
@@ -36,6 +38,8 @@ class Client:
 
     http: httpx.Client
     received: list[int] = field(default_factory=list)
+    # Of the store: a call outside a client reads the certificates of all the world first.
+    _store: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=60))
 
     def call(self, method: str, path: str, **options: Any) -> httpx.Response:
         """Send a request and remember its status."""
@@ -60,7 +64,7 @@ class Client:
 
     def send(self, form: dict[str, Any], data: bytes) -> None:
         """Send one file straight to the store."""
-        response = httpx.post(form["url"], data=form["fields"], files={"file": data}, timeout=60)
+        response = self._store.post(form["url"], data=form["fields"], files={"file": data})
         assert response.is_success, response.text
 
     def upload(self, files: dict[str, bytes]) -> list[str]:
@@ -93,12 +97,17 @@ class Client:
 
     def output(self, job: dict[str, Any]) -> bytes:
         """Download a job's result and compare it with its record."""
-        response = httpx.get(job["output"]["url"], timeout=60)
+        response = self._store.get(job["output"]["url"])
         assert response.status_code == 200, response.text
         data = response.content
         assert hashlib.sha256(data).hexdigest() == job["output"]["sha256"]
         assert len(data) == job["output"]["size_bytes"]
         return data
+
+    def close(self) -> None:
+        """Close all connections."""
+        self.http.close()
+        self._store.close()
 
 
 def content_type_of(name: str) -> str:
@@ -109,11 +118,12 @@ def content_type_of(name: str) -> str:
 
 @dataclass
 class Stack:
-    """API and workers that a test may stop, kill and start."""
+    """API and workers that a test may stop, kill and start; what they cover is measured where `is_traced` says so."""
 
     environment: dict[str, str]
     folder: Path
     port: int
+    is_traced: bool = False
     children: list[Child] = field(default_factory=list)
     client: Client = field(init=False)
 
@@ -129,7 +139,8 @@ class Stack:
             [*PYTHON, *args],
             log_file=self.folder / f"{name}.log",
         )
-        child.start(os.environ | self.environment | environment)
+        around = os.environ if self.is_traced else untraced()
+        child.start({**around, **self.environment, **environment})
         self.children.append(child)
         return child
 
@@ -180,30 +191,58 @@ class Stack:
         return "\n\n".join(f"--- {child.name}\n{child.tail(60)}" for child in self.children)
 
     def stop(self) -> None:
-        """End everything, workers first."""
-        self.client.http.close()
+        """End everything, workers first; in good order where that is needed, to write down what was covered."""
+        self.client.close()
         for child in reversed(self.children):
-            child.stop(30)
+            child.stop(30 if self.is_traced else 0)
 
 
-@pytest.fixture
-def stack(valkey, s3, weights_dir, tmp_path, request) -> Iterator[Stack]:
-    """Give an API without workers; a test starts the workers that its story needs."""
+@contextmanager
+def opened_stack(environment: dict[str, str], folder: Path, *, is_traced: bool = False) -> Iterator[Stack]:
+    """Give a stack on a free port, without any process yet; all that it has by the end are ended."""
     port = free_ports(1)[0]
-    environment = {
-        "RESTAGE_ENV": "test",
-        "RESTAGE__REDIS__URL": valkey.url,
-        "RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir),
-        "RESTAGE__SERVER__PORT": str(port),
-        **s3.environment,
-    }
-    running = Stack(environment, tmp_path, port)
+    own = {"RESTAGE_ENV": "test", "RESTAGE__SERVER__PORT": str(port)}
+    running = Stack(own | environment, folder, port, is_traced)
     try:
-        running.start("api")
         yield running
     finally:
         running.stop()
         print(re.sub(r"X-Amz-[^ \"]*", "…", running.logs()))  # noqa: T201 (pytest shows it with a failure)
+
+
+@pytest.fixture
+def unstarted(valkey, s3, weights_dir, tmp_path) -> Iterator[Stack]:
+    """Give a stack whose environment may still be changed."""
+    environment = {
+        "RESTAGE__REDIS__URL": valkey.url,
+        "RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir),
+        **s3.environment,
+    }
+    with opened_stack(environment, tmp_path) as stack:
+        yield stack
+
+
+@pytest.fixture
+def stack(unstarted: Stack) -> Stack:
+    """Give an API without workers; a test starts the workers that its story needs."""
+    unstarted.start("api")
+    return unstarted
+
+
+@pytest.fixture(scope="module")
+def served(valkey_server, s3, weights_dir, tmp_path_factory) -> Iterator[Stack]:
+    """Give an API and a worker, for all tests of a file; these leave `valkey` alone, which is emptied for each test."""
+    environment = {
+        "RESTAGE__REDIS__URL": valkey_server.url,
+        "RESTAGE__REDIS__KEY_PREFIX": "served",
+        "RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir),
+        **s3.environment,
+    }
+    with opened_stack(environment, tmp_path_factory.mktemp("served")) as stack:
+        stack.start("api")
+        stack.start_worker()
+        stack.wait_ready()
+        yield stack
 
 
 @pytest.fixture
@@ -217,4 +256,4 @@ def make_client() -> Iterator[Callable[[str], Client]]:
 
     yield make
     for client in opened:
-        client.http.close()
+        client.close()

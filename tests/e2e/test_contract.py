@@ -17,9 +17,8 @@ import redis
 from PIL import Image
 
 from server.embedded import EmbeddedValkey, valkey_binary
-from server.ports import free_ports
 from tests.conftest import need
-from tests.e2e.conftest import Client, Stack, wait_for
+from tests.e2e.conftest import Client, Stack, opened_stack, wait_for
 
 QWEN = "tiny-qwen-image-edit-2511"
 FLUX = "tiny-flux-kontext"
@@ -51,25 +50,18 @@ def valkey_client(tmp_path_factory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def server(valkey_client, s3, weights_dir, tmp_path_factory) -> Iterator[Stack]:
     """Give an API with one worker that serves every model."""
-    port = free_ports(1)[0]
     address = valkey_client.connection_pool.connection_kwargs
     environment = {
-        "RESTAGE_ENV": "test",
         "RESTAGE__REDIS__URL": f"redis://{address['host']}:{address['port']}/0",
         "RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir),
         "RESTAGE__MODELS__ENABLED": json.dumps([QWEN, FLUX]),
-        "RESTAGE__SERVER__PORT": str(port),
         **s3.environment,
     }
-    running = Stack(environment, tmp_path_factory.mktemp("contract"), port)
-    try:
-        running.start("api")
-        running.start_worker()
-        running.wait_ready()
-        yield running
-    finally:
-        running.stop()
-        print(re.sub(r"X-Amz-[^ \"]*", "…", running.logs()))  # noqa: T201 (pytest shows it with a failure)
+    with opened_stack(environment, tmp_path_factory.mktemp("contract"), is_traced=True) as stack:
+        stack.start("api")
+        stack.start_worker()
+        stack.wait_ready()
+        yield stack
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from server.store import Store
 FLUX, QWEN = "tiny-flux-kontext", "tiny-qwen-image-edit-2511"
 DAY_SECONDS = 24 * 3600
 # What remains in the ledger while processes run: what they say of themselves.
-STANDING = ("restage:schema", "restage:swept", "restage:worker")
+STANDING = ("restage:schema", "restage:swept", "restage:worker", "restage:served")
 
 
 def photo(index: int, size: tuple[int, int] = (96, 80)) -> bytes:
@@ -76,16 +76,28 @@ class Day:
 
 
 @pytest.fixture
-def day(stack, make_client, tmp_path) -> Day:
-    """Open the day: an API with keys and buckets of its own, before the workers come in."""
-    keys = KeyStore(tmp_path / "keys.jsonl")
-    stack.environment |= {
+def keys(tmp_path) -> KeyStore:
+    """Give the API's file of keys."""
+    return KeyStore(tmp_path / "keys.jsonl")
+
+
+@pytest.fixture
+def stack(unstarted, keys: KeyStore):
+    """Give an API with keys and buckets of its own."""
+    unstarted.environment |= {
         "RESTAGE__AUTH__MODE": "keys",
         "RESTAGE__AUTH__KEYS_FILE": str(keys.path),
         "RESTAGE__STORE__UPLOADS_BUCKET": "day-uploads",
         "RESTAGE__STORE__OUTPUTS_BUCKET": "day-outputs",
     }
-    stack.restart_api()
+    unstarted.start("api")
+    unstarted.wait_api()
+    return unstarted
+
+
+@pytest.fixture
+def day(stack, make_client, keys: KeyStore) -> Day:
+    """Open the day, before the workers come in."""
     return Day(stack, make_client, keys)
 
 

@@ -73,23 +73,42 @@ def states(events: list[Event]) -> list[tuple[str | None, str]]:
 
 
 def test_a_batch_is_followed_from_the_snapshot_to_its_end(stack, valkey) -> None:
-    """Each change of state comes once, in order and with an id; progress has none; the stream ends by itself."""
+    """Each change of state comes once, in order and with an id; progress has none; the stream ends by itself.
+
+    Ten more streams of the batch, opened at any time, end with the same last event.
+    """
     stack.wait_api()
     batch = submit(stack, 3, num_inference_steps=30)
+    ends: list[Event] = []
+
+    def follow() -> None:
+        with following(stack, batch["id"]) as stream:
+            ends.append(list(stream)[-1])
+
+    others = [threading.Thread(target=follow) for _ in range(10)]
     with following(stack, batch["id"]) as stream:
         first = next(stream)
         assert first.kind == "snapshot"
         assert first.id is not None
         assert first.data["status"] == "queued"
         assert len(first.data["jobs"]) == 3
+        for other in others[:5]:
+            other.start()
         stack.start_worker()
+        stack.wait_ready()
+        for other in others[5:]:
+            other.start()
         events = list(stream)
+    for other in others:
+        other.join(120)
 
     told = stored_states(valkey.client(decode_responses=True), batch["id"])
     assert states(events) == told
     assert told[-1][1] == "batch.finished"
     assert sum(kind == "job.succeeded" for _, kind in told) == 3
     assert events[-1].data["counts"]["succeeded"] == 3
+    assert {end.id for end in ends} == {told[-1][0]}
+    assert [end.data["counts"]["succeeded"] for end in ends] == [3] * 10
     assert "jobs" not in events[-1].data
     progress = [event for event in events if event.kind == "job.progress"]
     assert progress
@@ -141,10 +160,12 @@ def own_valkey(tmp_path) -> Iterator[EmbeddedValkey]:
     server.kill()
 
 
-def test_an_outage_of_redis_costs_a_stream_nothing(stack, own_valkey) -> None:
+def test_an_outage_of_redis_costs_a_stream_nothing(unstarted, own_valkey) -> None:
     """A stream that was open when Redis was killed stays open, and tells what happens after it has come back."""
-    environment = {"RESTAGE__REDIS__URL": own_valkey.url}
-    stack.restart_api(**environment)
+    stack = unstarted
+    stack.environment |= {"RESTAGE__REDIS__URL": own_valkey.url}
+    stack.start("api")
+    stack.wait_api()
     batch = submit(stack, 2, num_inference_steps=10)
     events: list[Event] = []
     with following(stack, batch["id"]) as stream:
@@ -153,34 +174,10 @@ def test_an_outage_of_redis_costs_a_stream_nothing(stack, own_valkey) -> None:
         stack.wait_health(503)
         own_valkey.start()
         own_valkey.wait_ready()
-        stack.start_worker(**environment)
+        stack.start_worker()
         events += stream
     import redis
 
     with redis.Redis.from_url(own_valkey.url, decode_responses=True) as client:
         assert states(events) == stored_states(client, batch["id"])
     assert events[-1].data["counts"]["succeeded"] == 2
-
-
-def test_many_clients_follow_one_batch(stack) -> None:
-    """Ten streams of one batch, opened at any time, end with the same last event."""
-    stack.wait_api()
-    batch = submit(stack, 4)
-    ends: list[Event] = []
-
-    def follow() -> None:
-        with following(stack, batch["id"]) as stream:
-            ends.append(list(stream)[-1])
-
-    threads = [threading.Thread(target=follow) for _ in range(10)]
-    for thread in threads[:5]:
-        thread.start()
-    stack.start_worker()
-    stack.wait_ready()
-    for thread in threads[5:]:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert len(ends) == 10
-    assert {end.id for end in ends} == {ends[0].id}
-    assert all(end.data["counts"]["succeeded"] == 4 for end in ends)

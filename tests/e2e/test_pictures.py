@@ -207,11 +207,9 @@ def said_of_itself(job: dict[str, Any], data: bytes) -> dict[str, Any]:
     return record
 
 
-def test_each_pixel_equals_a_direct_call(stack, direct):
+def test_each_pixel_equals_a_direct_call(served, direct):
     """Twelve kinds of photo, both twins, four with own settings: PNG outputs equal the pipeline called directly."""
-    stack.start_worker()
-    stack.wait_ready()
-    client = stack.client
+    client = served.client
     body = {"defaults": {"output": {"format": "png"}, "params": {"num_inference_steps": 4}}, "items": items(client)}
 
     batch = client.finished(client.submit(body)["id"])
@@ -226,11 +224,9 @@ def test_each_pixel_equals_a_direct_call(stack, direct):
     check_pixels(client, batch["jobs"], direct)
 
 
-def test_pixels_stay_the_same_beside_cancelled_jobs(stack, direct):
+def test_pixels_stay_the_same_beside_cancelled_jobs(served, direct):
     """Jobs beside cancelled ones, in random order over both models, give the same pixels as direct calls."""
-    stack.start_worker()
-    stack.wait_ready()
-    client = stack.client
+    client = served.client
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")  # noqa: T201
     chooser = random.Random(seed)
@@ -279,11 +275,9 @@ def check_file(client: Any, job: dict[str, Any], asked: dict[str, Any]) -> bytes
     return data
 
 
-def test_results_are_files_as_asked_for(stack):
+def test_results_are_files_as_asked_for(served):
     """Each format, size and quality, with and without the record, is what a client downloads of a sideways photo."""
-    stack.start_worker()
-    stack.wait_ready()
-    client = stack.client
+    client = served.client
     (photo,) = client.upload({"sideways.jpg": PHOTOS["sideways.jpg"]})
     asked = [{"format": name, "size": size} for name in SUFFIXES for size in ("model", "input")]
     asked += [{"format": name, "size": "input", "quality": 5, "metadata": False} for name in SUFFIXES]

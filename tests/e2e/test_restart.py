@@ -1,7 +1,6 @@
 """What was accepted is done, whoever dies: a worker in mid-job, or everything at once."""
 
 import io
-import os
 import re
 import signal
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 import httpx
 import psutil
 from PIL import Image
+
+from tests.conftest import untraced
 
 LEASE_SECONDS = 3.0  # both are config/test.yaml's
 SWEEP_SECONDS = 0.5
@@ -68,7 +69,7 @@ class Up:
 
     def __init__(self, data_dir: Path, log: Path, weights_dir: Path) -> None:
         self.log = log
-        environment = os.environ | {"RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir), "RESTAGE_ENV": "test"}
+        environment = untraced() | {"RESTAGE__MODELS__WEIGHTS_DIR": str(weights_dir), "RESTAGE_ENV": "test"}
         with log.open("ab") as output:
             self.log_start = output.tell()
             self.process = subprocess.Popen(

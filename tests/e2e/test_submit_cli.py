@@ -116,13 +116,12 @@ def test_no_wait_and_interruption_leave_the_batch_to_the_server(stack, photos: l
     assert "the same command again goes on with it" in waiting.tail()
 
 
-def test_key_is_asked_for_and_taken_from_the_environment(stack, photos: list[Path], tmp_path: Path) -> None:
+def test_key_is_asked_for_and_taken_from_the_environment(unstarted, photos: list[Path], tmp_path: Path) -> None:
     """With auth.mode keys a call without a key says how to get one; with it the batch is accepted."""
     keys_file = str(tmp_path / "keys.jsonl")
-    stack.children[0].stop(10)
-    stack.start("api", RESTAGE__AUTH__MODE="keys", RESTAGE__AUTH__KEYS_FILE=keys_file)
-    wait_until_live(stack)
-    url = str(stack.client.http.base_url)
+    unstarted.start("api", RESTAGE__AUTH__MODE="keys", RESTAGE__AUTH__KEYS_FILE=keys_file)
+    wait_until_live(unstarted)
+    url = str(unstarted.client.http.base_url)
 
     refused = run(url, photos[0], "--no-wait")
     assert refused.returncode == 1

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import re
 import socket
 import subprocess
@@ -19,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
+
+from tests.conftest import untraced
 
 SUBMIT = [sys.executable, "-m", "server.cli", "submit"]
 NUM_PHOTOS = 3
@@ -120,7 +121,7 @@ class Bench:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"RESTAGE_URL": f"http://{self.api.address}", "XDG_STATE_HOME": str(self.folder / "state")}
+        return untraced() | {"RESTAGE_URL": f"http://{self.api.address}", "XDG_STATE_HOME": str(self.folder / "state")}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         command = [*SUBMIT, *map(str, self.photos), *arguments]
@@ -161,16 +162,15 @@ class Bench:
 
 
 @pytest.fixture
-def bench(stack, s3, tmp_path: Path) -> Iterator[Bench]:
+def bench(unstarted, s3, tmp_path: Path) -> Iterator[Bench]:
     """Give a user's machine; the API that it reaches names the tap as the store's address."""
     store = Tap(("127.0.0.1", int(s3.server.endpoint.rpartition(":")[2])))
-    api = Tap(("127.0.0.1", stack.port))
-    stack.children.pop().stop(10)
-    stack.start("api", RESTAGE__STORE__PUBLIC_ENDPOINT=store.address)
+    api = Tap(("127.0.0.1", unstarted.port))
+    unstarted.start("api", RESTAGE__STORE__PUBLIC_ENDPOINT=store.address)
     photos = [tmp_path / f"room-{number}.jpg" for number in range(NUM_PHOTOS)]
     for number, photo in enumerate(photos):
         Image.linear_gradient("L").resize((200 + number, 150)).convert("RGB").save(photo)
-    yield Bench(stack, api, store, tmp_path, photos)
+    yield Bench(unstarted, api, store, tmp_path, photos)
     api.close()
     store.close()
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -63,6 +65,45 @@ def test_valkey_has_all_acknowledged_writes_after_a_kill(tmp_path, started):
     assert server.ports == port
     with connect(server) as client:
         assert client.llen("numbers") == 100
+
+
+def aof(server):
+    """The file that Valkey writes its commands to."""
+    (path,) = (server.data_dir / "appendonlydir").glob("*.incr.aof")
+    return path
+
+
+def test_valkey_with_a_torn_last_write_starts_without_it(tmp_path, started):
+    """A file that ends in the midst of a write, as after a power cut, costs that write and no other."""
+    server = started(EmbeddedValkey(tmp_path / "valkey"))
+    with connect(server) as client:
+        for number in range(100):
+            client.rpush("numbers", number)
+    server.kill()
+    data = aof(server).read_bytes()
+    aof(server).write_bytes(data[:-7])
+    started(server)
+    with connect(server) as client:
+        assert client.lrange("numbers", 0, -1) == [b"%d" % number for number in range(99)]
+    assert "runcat" in server.tail(40)
+
+
+def test_valkey_without_room_on_disk_ends_and_has_all_that_it_acknowledged(tmp_path, started, wait_until):
+    """What cannot be written is not acknowledged: the server ends and says why; with room again, nothing is missing."""
+    server = started(EmbeddedValkey(tmp_path / "valkey"))
+    room = aof(server).stat().st_size + 20_000
+    resource.prlimit(server.child.pid, resource.RLIMIT_FSIZE, (room, room))
+    num_written = 0
+    with connect(server) as client, suppress(redis.ConnectionError):
+        for num_written in range(1000):
+            client.rpush("numbers", f"{num_written:0100d}")
+    assert 50 < num_written < 1000
+    wait_until(lambda: not server.child.is_running)
+    with pytest.raises(EmbeddedServerFailed, match=r"(?s)valkey ended with status .*AOF"):
+        server.poll_ready()
+    started(server)
+    with connect(server) as client:
+        assert client.lrange("numbers", 0, num_written - 1) == [b"%0100d" % number for number in range(num_written)]
 
 
 def test_valkey_never_drops_keys_to_make_room(tmp_path, started):

@@ -76,6 +76,7 @@ def test_output_url_cannot_be_changed(store, key, part, other):
     tampered = url.replace(part.format(**words), other.format(**words))
     assert tampered != url
     assert httpx.get(tampered).status_code == 403
+    assert httpx.get(url, headers={"Host": "photos.example.com"}).status_code == 403
     assert httpx.get(url).status_code == 200
 
 

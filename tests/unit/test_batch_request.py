@@ -181,6 +181,21 @@ def test_metadata_out_of_bounds_is_refused(metadata, location, words):
     assert refused({"metadata": metadata}, "batch") == [(f"/metadata{location}", detail)]
 
 
+def test_parameters_that_no_model_could_read_are_refused_at_once():
+    """A flood of them costs one look, not one for each item; what two places hold together is for the model."""
+    many = {f"param{number}": 1 for number in range(40)}
+    more = {f"other{number}": 1 for number in range(40)}
+    for place, body in (
+        ("/defaults/params", {"defaults": {"params": many | more}, "items": [{"upload_id": "x"}]}),
+        ("/items/0/params", {"items": [{"upload_id": "x", "params": many | more}]}),
+    ):
+        with pytest.raises(InvalidRequest, match="holds 80 parameters; at most 64 are read") as refused:
+            decode_model(BatchRequest, body, max_items=50)
+        assert [(error.location, error.code) for error in refused.value.errors] == [(place, "invalid_value")]
+    merged = merge_settings(ItemSettings(params=many), ItemRequest(upload_id="x", params=more))
+    assert merged.params == many | more
+
+
 def test_metadata_is_read_up_to_its_bounds():
     """64 entries, names of 64 and values of 1,024 characters are taken as they are, whatever the language."""
     metadata = {f"{number:02d}" + "ä" * 62: "数" * 1024 for number in range(63)} | {"a.b/[key]~": ""}

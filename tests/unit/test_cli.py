@@ -71,3 +71,35 @@ def test_no_photo_is_a_mistake_in_the_command() -> None:
     status, output = run("submit")
     assert status == 2
     assert "Usage: " in output
+
+
+@pytest.fixture
+def key_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make a key with limits; gives its id."""
+    monkeypatch.setenv("RESTAGE_ENV", "local")
+    monkeypatch.setenv("RESTAGE__AUTH__KEYS_FILE", str(tmp_path / "keys.jsonl"))
+    limits = ("--requests-per-minute", "60", "--max-open-jobs", "none", "--max-bytes-per-day", "1000")
+    status, output = run("keys", "add", "studio-a", *limits)
+    assert status == 0, output
+    return output.split("_")[1]
+
+
+def test_limits_of_a_key_are_shown_and_changed(key_id: str) -> None:
+    """The list shows what limits a key, and the change of some leaves the others."""
+    assert run("keys", "list")[1].endswith("  studio-a  60 requests a minute  1000 bytes a day\n")
+    changes = ("--max-open-jobs", "9", "--requests-per-minute", "none", "--max-priority", "low")
+    status, output = run("keys", "limit", key_id, *changes)
+    assert (status, output) == (0, run("keys", "list")[1])
+    assert "  up to low     " in output
+    assert output.endswith("  studio-a  9 open jobs  1000 bytes a day\n")
+    assert run("keys", "limit", key_id)[1] == output
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.5", "", "many", "9" * 30, "\u0661"])
+def test_a_limit_is_a_whole_number(key_id: str, number: str) -> None:
+    """Anything else is a mistake in the command, which says what is allowed and changes nothing."""
+    before = run("keys", "list")[1]
+    status, output = run("keys", "limit", key_id, f"--max-open-jobs={number}")
+    assert status == 2
+    assert "is neither a whole number from 1 nor none" in output
+    assert run("keys", "list")[1] == before

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "weights" / "README.md"]
 API_PAGE = (REPOSITORY / "docs" / "api.md").read_text()
 # Codes that no client ever sees: of the configuration, and of base classes that are never raised themselves.
-INTERNAL_CODES = {"config_error", "dependency_unavailable", "object_not_found"}
+INTERNAL_CODES = {"config_error", "dependency_unavailable", "limit_reached", "object_not_found"}
 
 
 def codes_of_classes() -> Iterator[str]:

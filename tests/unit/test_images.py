@@ -106,6 +106,15 @@ def test_jpeg_header_behind_large_segments_needs_more_bytes():
     assert 2 <= len(lengths) <= 6
 
 
+@pytest.mark.parametrize("segment", [b"\xff\xe0\0\2", b"\xff\xd0", b"\xff\xfe\0\3a"])
+def test_a_header_of_nothing_but_small_segments_is_given_up(segment):
+    """A megabyte of them, which would take long to read, is refused after as many as no photo has."""
+    start = encode("JPEG")[:2]
+    assert read_header(start + segment * 900 + encode("JPEG")[2:]).format == "jpeg"
+    with pytest.raises(DamagedHeader, match="1000 segments"):
+        read_header(start + segment * 300_000)
+
+
 def test_embedded_preview_is_not_taken_for_the_photo():
     """The size of a JPEG is its own, not that of a preview inside one of its segments."""
     preview = encode("JPEG", size=(8, 8))

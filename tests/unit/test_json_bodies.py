@@ -104,6 +104,13 @@ def test_any_json_is_a_batch_or_a_list_of_mistakes(value):
             assert error.errors  # noqa: PT017 (either outcome is right)
 
 
+def test_a_name_that_stands_twice_is_found_among_thousands():
+    """Finding it takes one look at each name: with a look at all others, these would take minutes."""
+    names = ",".join(f'"{number:x}":1' for number in range(75_000))
+    with pytest.raises(MalformedBody, match="'last'"):
+        parse_json(f'{{{names},"last":1,"last":1}}'.encode())
+
+
 def test_a_flood_of_forbidden_texts_is_cut():
     """Of a hundred thousand mistakes fifty are told: the answer to a hostile body stays small."""
     with pytest.raises(InvalidRequest) as refused:

@@ -6,6 +6,7 @@ import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -273,3 +274,57 @@ def test_a_linked_file_stays_linked(keys: KeyStore, tmp_path: Path) -> None:
 
     assert keys.path.is_symlink()
     assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_key_has_the_limits_that_it_was_given(keys: KeyStore) -> None:
+    """Limits must be told of whoever calls, as they are now; what is not named must not limit, and stay as it is."""
+    key = keys.add("a", "user", requests_per_minute=60, max_bytes_per_day=10**15)
+    server = KeyStore(keys.path)
+    expected = Principal("a", "user", id_of(key), "high", requests_per_minute=60, max_bytes_per_day=10**15)
+    assert server.authenticate(f"Bearer {key}") == expected
+
+    before = keys.list()[0]
+    changed = keys.limit(id_of(key), requests_per_minute=None, max_open_jobs=1, max_priority="low")
+    assert keys.list() == [changed]
+    assert changed == before.model_copy(update={"requests_per_minute": None, "max_open_jobs": 1, "max_priority": "low"})
+    expected = Principal("a", "user", id_of(key), "low", max_open_jobs=1, max_bytes_per_day=10**15)
+    assert server.authenticate(f"Bearer {key}") == expected
+    with pytest.raises(NotFound, match="there is no key 'zzz'"):
+        keys.limit("zzz", max_open_jobs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("requests_per_minute", 0),
+        ("requests_per_minute", 10**6 + 1),
+        ("max_open_jobs", -1),
+        ("max_bytes_per_day", 10**15 + 1),
+        ("max_bytes_per_day", 1.5),
+        ("max_open_jobs", "many"),
+        ("max_priority", "highest"),
+        ("max_priority", None),
+    ],
+)
+def test_other_limits_are_refused(keys: KeyStore, name: str, value: object) -> None:
+    """A limit that makes no sense must be told with what is allowed, and change nothing."""
+    key = keys.add("a", "user", max_open_jobs=5)
+    limits: Any = {name: value}
+
+    for change in (lambda: keys.add("b", "user", **limits), lambda: keys.limit(id_of(key), **limits)):
+        with pytest.raises(InvalidRequest, match=f"not allowed: {name}; .*a whole number from 1 to 1000000, "):
+            change()
+    (record,) = keys.list()
+    assert (record.max_open_jobs, record.max_priority) == (5, "high")
+
+
+def test_a_key_of_before_limits_goes_on_working(keys: KeyStore) -> None:
+    """Lines of before there were limits have none, and lines without limits are written as they were then."""
+    key = keys.add("a", "user")
+    fields = json.loads(keys.path.read_text())
+    assert fields.keys() == {"id", "owner", "role", "max_priority", "created_at", "sha256", "webhook_secrets"}
+
+    assert keys.authenticate(f"Bearer {key}") == Principal("a", "user", id_of(key))
+    keys.limit(id_of(key), max_open_jobs=3)
+    keys.limit(id_of(key), max_open_jobs=None)
+    assert json.loads(keys.path.read_text()) == fields

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.api.crowding import LargeBodies
 from server.api.multipart import FilesNotKept, max_form_bytes, read_form
 from server.errors import (
     InvalidRequest,
@@ -54,7 +55,7 @@ def read(chunks, *, boundary=BOUNDARY, limits=LIMITS):
 
     async def read_all():
         async with AsyncExitStack() as opened:
-            found = await read_form(arrive(), boundary, limits=limits, opened=opened)
+            found = await read_form(arrive(), boundary, limits=limits, large_bodies=LargeBodies(1), opened=opened)
             return found.batch, {
                 part: (file.filename, file.file.read(), file.size_bytes, file.sha256)
                 for part, file in found.files.items()
@@ -268,7 +269,7 @@ def test_files_have_no_name_on_disk(tmp_path, monkeypatch):
 
     async def read_all():
         async with AsyncExitStack() as opened:
-            found = await read_form(arrive(), BOUNDARY, limits=LIMITS, opened=opened)
+            found = await read_form(arrive(), BOUNDARY, limits=LIMITS, large_bodies=LargeBodies(1), opened=opened)
             assert len(found.files) == 1
             assert not list(tmp_path.iterdir())
 

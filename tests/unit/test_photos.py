@@ -366,6 +366,13 @@ def test_decompression_bomb_is_refused(side):
         decode(png(side, side, 1, 0, []))
 
 
+def test_a_palette_that_is_not_there_is_damage():
+    """What Pillow takes for impossible is the file's fault, and is told without Pillow's words."""
+    rows = [bytes(96)] * 80
+    with pytest.raises(BadInput, match="makes no sense"):
+        decode(png(80, 96, 8, 3, rows))
+
+
 SAVED = [
     save(draw_photo(), "JPEG", quality=90),
     save(draw_photo().convert("CMYK"), "JPEG", progressive=True),

@@ -247,7 +247,8 @@ def test_all_mistakes_are_told_at_once(write: Write) -> None:
         (
             "environment: RESTAGE__STOER__X: is unknown; store has endpoint, public_endpoint, region, secure, "
             "public_secure, access_key, access_key_file, secret_key, secret_key_file, uploads_bucket, outputs_bucket, "
-            "cors_origins, lifecycle, connect_timeout_seconds, read_timeout_seconds, pool_size"
+            "cors_origins, lifecycle, connect_timeout_seconds, read_timeout_seconds, transfer_timeout_seconds, "
+            "pool_size"
         ),
         "environment: RESTAGE__STORE__SECRETKEY: is unknown; did you mean RESTAGE__STORE__SECRET_KEY?",
         "environment: RESTAGE__STORE: is unknown; settings are named RESTAGE__SECTION__NAME, in upper case",
@@ -284,9 +285,9 @@ def test_other_variables_are_left_alone(write: Write) -> None:
         ("log: {}\nlog: {}", "local.yaml:2: log: is given twice, first in line 1"),
         ("log:\n  level: info\n  <<: {}\n", "local.yaml:3: log.<< = a mapping: is unknown; log has level, format"),
         ("true: {}\n", ("local.yaml:1: True: is unknown; the sections are server, redis, store, auth, models, worker, "
-         "sweep, limits, retention, webhooks, log")),
+         "sweep, limits, admission, retention, webhooks, log")),
         ("env_name: x\n", ("local.yaml:1: env_name: is unknown; the sections are server, redis, store, auth, models, "
-         "worker, sweep, limits, retention, webhooks, log")),
+         "worker, sweep, limits, admission, retention, webhooks, log")),
     ],
 )  # fmt: skip
 def test_odd_files_are_told_with_their_line(write: Write, text: str, problem: str) -> None:
@@ -421,6 +422,12 @@ def test_text_settings_are_checked(write: Write, setting: str, value: str, is_ri
         ("10.0.0.1", True),
         ("example.com", True),
         ("localhost.example.com", True),
+        ("::ffff:0.0.0.0", True),
+        ("::ffff:10.0.0.1", True),
+        ("::ffff:127.0.0.1", True),
+        ("127.0.0.1.example.com", True),
+        ("127.1", True),
+        ("0", True),
     ],
 )
 def test_without_keys_only_loopback_is_served(write: Write, host: str, is_open: bool) -> None:

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from server.jobs import Priority
 from server.simulation.claim_policy import ClaimPolicy, OldestFirst, QueuedJob
-from server.simulation.comparing import against_optimum, example_models, highest_load, simulate, traffic_at
+from server.simulation.comparing import (
+    against_optimum,
+    example_models,
+    highest_load,
+    simulate,
+    traffic_at,
+    waits_beside_many,
+)
 from server.simulation.fleet import Failures, Fleet
 from server.simulation.optimum import find_optimum
 from server.simulation.outcome import quantiles
@@ -121,6 +128,15 @@ def test_busier_fleets_wait_longer_and_larger_ones_may_be_busier():
     small, large = (highest_load(fleet_of(n), traffic, loads, p95_seconds=90.0, seed=1) for n in (1, 16))
     assert small < large
     assert highest_load(fleet_of(1), traffic, loads, p95_seconds=0.01, seed=1) == 0.0
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_few_photos_do_not_wait_for_ten_thousand(num_workers):
+    """Each photo of a newcomer waits for what runs and for one job of the other owner; by age it would wait for all."""
+    waits = waits_beside_many(num_workers)
+    # Every worker has a job of 10 s in hand, and two owners take turns.
+    assert [round(wait) for wait in waits] == [-(-(2 * place + 2) // num_workers) * 10 - 5 for place in range(5)]
+    assert min(waits_beside_many(num_workers, any_model=True)) > 10_000 * 10 / num_workers - 30
 
 
 def test_oldest_first_knows_neither_models_nor_owners():

@@ -1,4 +1,8 @@
 -- Part of EXPIRE and DELETE_BATCH: how a batch's photos, results and records go.
+-- Of FINISH_MARKED too, which needs a name only.
+
+-- What a worker leaves beside a result (`server/marker.py`).
+local function marker_name(job_id) return "outputs/" .. job_id .. "/done.json" end
 
 local function for_each_job(batch_id, act)
   for _, id in ipairs(redis.call("LRANGE", batch_jobs_key(batch_id), 0, -1)) do act(id) end
@@ -19,6 +23,7 @@ local function throw_away_outputs(batch_id)
     local output = redis.call("HGET", job_key(id), "output")
     if not output then return end
     throw_away("outputs/" .. cjson.decode(output).key, now)
+    throw_away(marker_name(id), now)
     redis.call("HDEL", job_key(id), "output")
   end)
 end

@@ -19,6 +19,7 @@ local function digest_key(owner, sha256) return prefix .. ":digest:" .. owner ..
 local function shelf_key(scope, shelf) return prefix .. ":shelf:" .. scope .. ":" .. shelf end
 local function speed_key(model) return prefix .. ":speed:" .. model end
 local function weights_key(model) return prefix .. ":weights:" .. model end
+local function served_key(model) return prefix .. ":served:" .. model end
 local function reply_key(token) return prefix .. ":reply:" .. token end
 local function worker_key(id) return prefix .. ":worker:" .. id end
 local function holders_key(model) return prefix .. ":holders:" .. model end
@@ -27,6 +28,8 @@ local function ready_key(model, priority, owner) return prefix .. ":ready:" .. m
 local leases_key = prefix .. ":leases"
 local delayed_key = prefix .. ":delayed"
 local open_key = prefix .. ":open"
+local function owner_open_key(owner) return prefix .. ":open:" .. owner end
+local function tokens_key(bucket) return prefix .. ":tokens:" .. bucket end
 local workers_key = prefix .. ":workers"
 local models_key = prefix .. ":models"
 local removed_key = prefix .. ":removed"
@@ -105,6 +108,12 @@ end
 -- `high` jobs, and all of them only of models that they could serve: no id has a comma.
 local function tell_workers_ready(has_high, models)
   tell_workers("type", "ready", "high", has_high and 1 or 0, "models", table.concat(models, ","))
+end
+
+-- When a worker last said that it could run jobs of a model. It outlives all workers by far, so that a model that nobody
+-- serves any more is known from one that nobody has served yet.
+local function note_served(model, ...)
+  redis.call("SET", served_key(model), digits(now), "PX", MODELS_KEPT_MS, ...)
 end
 
 -- Who has a model in memory, or is about to: an entry that is not renewed runs out, and with the last of them the key.
@@ -200,6 +209,22 @@ local function set_batch_status(batch_id, from, to)
   put_on_shelf(batch, to)
 end
 
+-- Open jobs are in two sets, that of all and that of their owner.
+local function note_open(owner, ...)
+  redis.call("SADD", open_key, ...)
+  redis.call("SADD", owner_open_key(owner), ...)
+end
+
+-- Whether an owner may have so many more open. A process of an older version ends jobs without taking them out of their
+-- owner's set, so before anybody is refused for them, they are taken out here.
+local function has_room(owner, num_more, most)
+  local mine = owner_open_key(owner)
+  local num_mine = redis.call("SCARD", mine)
+  if num_mine + num_more <= most then return true end
+  if redis.call("SINTERCARD", 2, mine, open_key) == num_mine then return false end
+  return redis.call("SINTERSTORE", mine, mine, open_key) + num_more <= most
+end
+
 -- An object whose name is in the trash is deleted by a janitor once it is due. The name is put there in the script that
 -- takes away the last record of the object, so that none is ever forgotten in the store.
 local function throw_away(name, due) redis.call("ZADD", trash_key, due, name) end
@@ -261,6 +286,7 @@ local function settle(job, status)
   redis.call("ZREM", leases_key, job.id)
   redis.call("ZREM", delayed_key, job.id)
   redis.call("SREM", open_key, job.id)
+  redis.call("SREM", owner_open_key(job.owner), job.id)
   move_count(job.batch_id, job.status, status)
   tell_job(job, "job." .. status, status)
   finish_batch_if_done(job.batch_id)

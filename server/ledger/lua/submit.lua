@@ -1,9 +1,12 @@
 -- SUBMIT: a batch, its jobs, the pins on its uploads, the idempotency record and the bells: all or nothing.
 -- ARGV[1]: JSON {batch: {id, owner, fields}, jobs: [{id, version, fields,
--- uploads: [[id, etag]]}], max_open, idempotency?}
--- Returns {kind, text}: accepted | replayed (text: the first answer) | conflict | missing_upload (text: its id) | full
+-- uploads: [[id, etag]]}], max_open, max_owner_open?, admission?: {max_memory_fraction, grace_ms}, idempotency?}
+-- Returns {kind, text}: accepted | replayed (text: the first answer) | conflict | missing_upload (text: its id) | full |
+-- owner_full | no_memory (text: percent in use) | unserved (text: a model that no worker has been ready for since the
+-- grace)
 local request = cjson.decode(ARGV[1])
 local batch, jobs, idempotency = request.batch, request.jobs, request.idempotency
+local admission = request.admission
 
 local idempotency_key
 if idempotency ~= cjson.null and idempotency then
@@ -16,6 +19,20 @@ end
 -- The caller drew the id before the call, so a call repeated after a lost reply finds its own work.
 if redis.call("EXISTS", batch_key(batch.id)) == 1 then return { "accepted", "" } end
 if redis.call("SCARD", open_key) + #jobs > request.max_open then return { "full", "" } end
+if request.max_owner_open and not has_room(batch.owner, #jobs, request.max_owner_open) then return { "owner_full", "" } end
+
+-- As Redis itself counts it before it refuses to write; 0 where it has no bound, or does not tell.
+local function memory_in_use()
+  local info = redis.pcall("INFO", "memory")
+  if type(info) ~= "string" then return 0 end
+  local function figure(name) return tonumber(info:match("\n" .. name .. ":(%d+)")) or 0 end
+  local most = figure("maxmemory")
+  return most > 0 and (figure("used_memory") - figure("mem_not_counted_for_evict")) / most or 0
+end
+-- What drains the queue needs memory too: Dramatiq's own scripts stop where Redis is full.
+local in_use = admission and memory_in_use()
+if in_use and in_use > admission.max_memory_fraction then return { "no_memory", digits(in_use * 100) } end
+
 local uploads, named = {}, {}
 for _, job in ipairs(jobs) do
   for _, pin in ipairs(job.uploads) do
@@ -28,6 +45,20 @@ for _, job in ipairs(jobs) do
     uploads[id].etag = etag
     uploads[id].references = uploads[id].references + 1
   end
+end
+
+-- Jobs of a model that nobody has been ready for would wait, and nobody could say for how long.
+local is_known = {}
+for _, job in ipairs(admission and jobs or {}) do
+  local model = job.fields.model
+  if is_known[model] == nil then
+    local served_at = tonumber(redis.call("GET", served_key(model)))
+    is_known[model] = served_at ~= nil
+    if served_at and now - served_at > admission.grace_ms then return { "unserved", model } end
+  end
+end
+for model, known in pairs(is_known) do
+  if not known then note_served(model) end
 end
 
 local function put(key, fields, ...)
@@ -88,7 +119,7 @@ for i, job in ipairs(jobs) do
   has_high = has_high or priority == "high"
 end
 redis.call("RPUSH", batch_jobs_key(batch.id), unpack(ids))
-redis.call("SADD", open_key, unpack(ids))
+note_open(batch.owner, unpack(ids))
 for turns, line in pairs(lines) do
   redis.call("ZADD", line.ready, unpack(line.members))
   take_turn(turns, batch.owner)

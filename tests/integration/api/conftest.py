@@ -107,9 +107,11 @@ class Api:
         assert answer == "ok"
         return job
 
-    def announce_worker(self, *, ready: bool = True, reason: str | None = None, **weights: Any) -> None:
-        """Say that a worker lives that serves, or cannot serve, the first model; `weights` tell what it found."""
-        models = {QWEN: WorkerModel(ready=ready, resident=ready, reason=reason, **weights)}
+    def announce_worker(
+        self, *, model: str = QWEN, ready: bool = True, reason: str | None = None, **weights: Any
+    ) -> None:
+        """Say that a worker lives that serves, or cannot serve, a model alone; `weights` tell what it found."""
+        models = {model: WorkerModel(ready=ready, resident=ready, reason=reason, **weights)}
         self.worker.announce(WorkerStatus("worker-1", "cpu", 1, models))
 
 
@@ -128,7 +130,7 @@ def open_api(valkey, s3, settings_for) -> Callable[..., Any]:
         )
         # What a handler fails with must come out as an answer, as it does behind a real server.
         app = create_app(settings)
-        with TestClient(app, raise_server_exceptions=False) as http:
+        with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as http:
             http.follow_redirects = False
             yield Api(http, settings, s3.store, valkey.client(decode_responses=True), worker, app.state.services)
 

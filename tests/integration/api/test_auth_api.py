@@ -2,12 +2,17 @@
 
 import io
 import re
+import socket
 
 import pytest
 from PIL import Image
 
+from server.data_folder import DataFolder
 from server.errors import ConfigError
 from server.keys import KeyStore
+from server.main import _listen as listen
+from server.settings import load_settings
+from server.supervisor import _Supervisor
 
 
 def picture():
@@ -154,8 +159,120 @@ def test_a_key_has_a_highest_priority(api, keys):
     assert statuses == {"high": 403, "normal": 201, "low": 201}
 
 
+def ask_raw(api, *header_lines):
+    """Ask for the presets with these lines; returns the status, or None where the server just hung up."""
+    lines = [b"GET /v1/presets HTTP/1.1", b"Host: restage", b"Connection: close", *header_lines, b"", b""]
+    with socket.create_connection((api.http.base_url.host, api.http.base_url.port), timeout=30) as connection:
+        try:
+            connection.sendall(b"\r\n".join(lines))
+            answer = connection.makefile("rb").readline()
+        except ConnectionError:  # it need not read on what it has refused already
+            return None
+    return int(answer.split()[1]) if answer else None
+
+
+def test_no_header_breaks_the_server(open_live_api, keys, tmp_path):
+    """Whatever stands where a key should, from any client, is answered 4xx; the right key goes on working."""
+    key = keys.add("ana", "user").encode()
+    others = KeyStore(tmp_path / "others.jsonl").add("ana", "user").encode()
+    right = b"Authorization: Bearer " + key
+    environment = {"RESTAGE__AUTH__MODE": "keys", "RESTAGE__AUTH__KEYS_FILE": str(keys.path)}
+    with open_live_api(**environment) as api:
+        assert ask_raw(api, right) == 200
+        assert ask_raw(api, b"AUTHORIZATION:bearer  " + key) == 200
+        for lines in (
+            [right, right],
+            [right, b"authorization: Bearer " + others],
+            [b"authorization: Basic YTpi", right],
+            [right + b", Bearer " + key],
+            [b"Authorization:"],
+            [b"Authorization: Bearer " + others],
+            [b"Authorization: Bearer " + key.upper()],
+            [b"Authorization: Bearer rsk_\xff\xfe" + key],
+            [right + b"\xa0"],
+            [b"Authorization: Bearer " + b"rsk_" * 12_000],
+            [b"Proxy-" + right],
+            [],
+        ):
+            assert ask_raw(api, *lines) == 401, lines
+        # These are no headers, and are refused before anybody looks for a key.
+        for line in (
+            b"Authorization: Bearer " + b"a" * 1_000_000,
+            right + b"\0",
+            b" " + right,
+        ):
+            assert ask_raw(api, line) in {None, 400, 401, 431}, line[:100]
+        assert ask_raw(api, right) == 200
+
+
 def test_an_open_server_listens_on_loopback_only(settings_for):
-    """Without keys the server refuses to be reachable from elsewhere."""
+    """Without keys the server refuses to be reachable from elsewhere, by what its host says and by where that leads."""
     secrets = {"RESTAGE__STORE__ACCESS_KEY": "a", "RESTAGE__STORE__SECRET_KEY": "b"}
     with pytest.raises(ConfigError, match="loopback"):
         settings_for(RESTAGE__SERVER__HOST="0.0.0.0", **secrets)  # noqa: S104 (refused, not bound)
+    settings = settings_for(RESTAGE__SERVER__HOST="localhost", RESTAGE__SERVER__PORT="0", **secrets)
+    listen(settings).close()
+    # As if the name led elsewhere on this machine.
+    for host in ("0.0.0.0", "::"):  # noqa: S104 (refused before anybody is served)
+        elsewhere = settings.model_copy(update={"server": settings.server.model_copy(update={"host": host})})
+        with pytest.raises(ConfigError, match=f"server.host: {host} is {host} here.*needs a loopback address"):
+            listen(elsewhere)
+        with_keys = elsewhere.model_copy(update={"auth": settings.auth.model_copy(update={"mode": "keys"})})
+        listen(with_keys).close()
+
+
+def test_pages_of_other_sites_do_not_reach_an_open_server(open_api):
+    """Without keys, what a browser sends for another site is refused: a form, and a name that leads here."""
+    with open_api() as api:
+
+        def ask(**headers):
+            statuses = {
+                api.http.get("/v1/batches", headers=headers).status_code,
+                api.http.post("/v1/batches", files={"batch": b"{}"}, headers=headers).status_code,
+            }
+            assert api.http.get("/health/live", headers=headers).status_code == 200
+            return statuses
+
+        for host in (
+            "127.0.0.1",
+            "127.0.0.1:8000",
+            "localhost:80",
+            "LOCALHOST",
+            "[::1]:8000",
+            "a.localhost",
+            "box:8000",
+        ):
+            assert ask(Host=host) == {200, 422}, host
+            assert ask(Host=host, Origin=f"http://{host}") == {200, 422}, host
+        assert ask(Origin="http://localhost:3000") == {200, 422}
+        for host in (
+            "evil.example",
+            "evil.example:8000",
+            "127.0.0.1.evil.example",
+            "10.0.0.1",
+            "[fe80::1]",
+            "evil.example.",
+        ):
+            assert ask(Host=host) == {401}, host
+            assert ask(Host=host, Origin=f"http://{host}") == {401}, host
+        for origin in (
+            "https://evil.example",
+            "null",
+            "",
+            "file://",
+            "http://127.0.0.1.evil.example",
+            "http://a@evil.example",
+        ):
+            assert ask(Origin=origin) == {401}, origin
+
+
+def test_restage_up_listens_on_loopback_only(tmp_path, monkeypatch):
+    """It serves this machine alone, whatever the environment says; so it may be open, as config/local.yaml has it."""
+    monkeypatch.setenv("RESTAGE_ENV", "local")
+    monkeypatch.setenv("RESTAGE__SERVER__HOST", "0.0.0.0")  # noqa: S104 (not bound)
+    folder = DataFolder(tmp_path / "data")
+    with folder.locked():
+        supervisor = _Supervisor(folder, 0, 1, lambda _line: None)
+        supervisor._claim.release()
+        settings = load_settings(env=supervisor._environment())
+    assert (settings.server.host, settings.auth.mode) == ("127.0.0.1", "none")

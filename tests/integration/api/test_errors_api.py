@@ -72,9 +72,8 @@ def test_a_thousand_mistakes_are_not_all_told(api):
     assert "999 more" in problem["detail"]
 
 
-def test_a_body_that_trickles_is_given_up(api, monkeypatch):
+def test_a_body_that_trickles_is_given_up(open_api):
     """A client that never ends its body does not hold its connection for ever."""
-    monkeypatch.setattr("server.api.bodies._BODY_TIMEOUT_SECONDS", 0.05)
     sent = []
 
     async def receive():
@@ -87,7 +86,8 @@ def test_a_body_that_trickles_is_given_up(api, monkeypatch):
     headers = [(b"host", b"a"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/batches", "query_string": b"", "headers": headers}
     scope |= {"scheme": "http", "server": ("a", 80), "client": ("b", 1), "root_path": "", "http_version": "1.1"}
-    api.http.blocking_portal.call(api.http.app, scope, receive, send)
+    with open_api(RESTAGE__SERVER__BODY_TIMEOUT_SECONDS="0.05") as api:
+        api.http.blocking_portal.call(api.http.app, scope, receive, send)
     assert sent[0]["status"] == 408
     assert b'"request_timeout"' in sent[1]["body"]
 

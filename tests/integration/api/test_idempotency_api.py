@@ -1,6 +1,8 @@
 """The same request, sent again for any reason, is accepted once."""
 
 import io
+import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,8 @@ from server.submit.files import FileUploads
 from server.submit.look import PhotoLook
 from server.submit.request import BatchRequest
 from server.submit.resolve import Resolver
+
+JSON = {"Content-Type": "application/json"}
 
 
 def picture():
@@ -64,15 +68,37 @@ def test_a_refused_request_does_not_use_up_its_key(api):
 
 
 def test_requests_that_race_under_one_key_make_one_batch(api):
-    """Eight identical requests at once name the same batch, and only one exists."""
+    """Twenty identical requests at once name the same batch, and only one exists."""
     [upload_id] = api.upload(picture())
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(20) as threads:
         answers = list(
-            threads.map(lambda _: api.submit({"upload_id": upload_id}, headers={"Idempotency-Key": "key-1"}), range(8))
+            threads.map(lambda _: api.submit({"upload_id": upload_id}, headers={"Idempotency-Key": "key-1"}), range(20))
         )
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.json()["batch"]["id"] for answer in answers}) == 1
     assert num_batches(api) == 1
+
+
+@pytest.mark.parametrize("num_heard", [0, 20])
+def test_a_client_that_goes_away_during_the_answer_finds_its_batch(open_live_api, num_heard):
+    """Whoever hangs up before the answer, or in its midst, and asks again, twice, hears of the one batch there is."""
+    with open_live_api() as api:
+        [upload_id] = api.upload(picture())
+        body = json.dumps({"items": [{"upload_id": upload_id}]}).encode()
+        head = (
+            f"POST /v1/batches HTTP/1.1\r\nHost: {api.http.base_url.netloc.decode()}\r\nIdempotency-Key: key-1\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        with socket.create_connection((api.http.base_url.host, api.http.base_url.port), timeout=30) as line:
+            line.sendall(head.encode() + body)
+            assert len(line.recv(num_heard)) == num_heard
+        [again, once_more] = [
+            api.http.post("/v1/batches", content=body, headers={"Idempotency-Key": "key-1", **JSON}) for _ in range(2)
+        ]
+        assert (again.status_code, once_more.status_code) == (201, 201)
+        assert again.json()["batch"]["id"] == once_more.json()["batch"]["id"]
+        assert num_batches(api) == 1
+        assert api.redis.scard("restage:open") == 1
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "a\tb", "k\xf6y"])

@@ -11,6 +11,7 @@ from tests.integration.ledger.kit import HOOK_URL, RETENTION
 from tests.integration.ledger.model import LedgerModel
 from tests.integration.ledger.model_moves import SWEPT_SECONDS
 from tests.integration.ledger.model_records import ModelBatch, ModelJob, ModelUpload
+from tests.integration.ledger.model_workers import SPEED_SECONDS
 
 # Everything under a prefix, and Redis' time. A stream that all batches share is told by its length and last entry.
 DUMP = """
@@ -73,6 +74,9 @@ def left(seconds: float) -> Span:
 def expected_keys(model: LedgerModel) -> dict[str, Any]:
     """Write the model down: every key that must be there, and no others, with what it must hold."""
     keys: dict[str, Any] = {"schema": "2", "unused": {}, "open": {job.id for job in model.jobs.values() if job.is_open}}
+    for job in model.jobs.values():
+        if job.is_open:
+            keys.setdefault(f"open:{job.batch.owner}", set()).add(job.id)
     for upload in model.uploads.values():
         keys[f"upload:{upload.id}"] = _upload(upload, model.now)
         if upload.unused_due is not None:
@@ -239,6 +243,8 @@ def _expected_placement(model: LedgerModel) -> dict[str, Any]:
     for name, holders in model.holders.items():
         due = {worker: left(until - model.now) for worker, until in holders.items()}
         keys[f"holders:{name}"] = due, left(max(holders.values()) - model.now)
+    for name, at in model.served_at.items():
+        keys[f"served:{name}"] = Span(model.now - at), left(at + SPEED_SECONDS - model.now)
     if model.num_placed:
         keys["placement"] = str(model.num_placed), left(model.placed_until - model.now)
     return keys
@@ -272,8 +278,8 @@ def _observed(key: str, value: Any, now: float) -> Any:
         content = value[::2]
     elif kind in {"open", "workers", "models"}:
         content = set(value)
-    elif kind == "reply":
-        content = json.loads(value)
+    elif kind in {"reply", "served"}:
+        content = json.loads(value) if kind == "reply" else Span(now - int(value) / 1000)
     elif key.endswith(":events"):
         content = [(one["type"], json.loads(one["data"])) for one in (_pairs(fields) for _, fields in value)]
     elif key.endswith(":deliveries"):

@@ -10,9 +10,11 @@ from redis.asyncio import Redis
 
 from server.jobs import Batch, Job, JobInput, JobOutput, Priority, Webhook
 from server.ledger.api_side import ApiLedger, Idempotency, SubmitResult, SweepReport
+from server.ledger.reconciling import LedgerReconciler
 from server.ledger.records import UploadRecord
 from server.ledger.worker_side import WorkerLedger
-from server.settings import RetentionSettings
+from server.marker import Marker
+from server.settings import AdmissionSettings, RetentionSettings
 from tests.conftest import MOVE_CLOCK
 
 T = TypeVar("T")
@@ -26,6 +28,7 @@ INPUTS_SECONDS = 350
 OUTPUTS_SECONDS = 450
 RECORDS_SECONDS = 950
 ORPHANS_SECONDS = 150
+GRACE_SECONDS = 1050
 RETENTION = RetentionSettings(
     inputs_seconds=INPUTS_SECONDS,
     outputs_seconds=OUTPUTS_SECONDS,
@@ -54,6 +57,7 @@ class LedgerKit:
         self._runner = asyncio.Runner()
         self._api_client = Redis.from_url(url, decode_responses=True, socket_timeout=10)
         self.api = ApiLedger(self._api_client, key_prefix=prefix)
+        self.reconciler = LedgerReconciler(self._api_client, key_prefix=prefix)
         self._move_clock = self.client.register_script(MOVE_CLOCK)
 
     def close(self) -> None:
@@ -127,11 +131,24 @@ class LedgerKit:
         self.announce([record(one.upload_id, batch.owner) for job in batch.jobs for one in job.inputs])
 
     def submit(
-        self, batch: Batch, *, idempotency: Idempotency | None = None, max_open_jobs: int = 10_000
+        self,
+        batch: Batch,
+        *,
+        idempotency: Idempotency | None = None,
+        max_open_jobs: int = 10_000,
+        max_owner_jobs: int | None = None,
+        admission: AdmissionSettings | None = None,
     ) -> SubmitResult:
         """Submit a batch."""
         return self.run(
-            self.api.submit(batch, retention=RETENTION, max_open_jobs=max_open_jobs, idempotency=idempotency)
+            self.api.submit(
+                batch,
+                retention=RETENTION,
+                max_open_jobs=max_open_jobs,
+                max_owner_jobs=max_owner_jobs,
+                admission=admission,
+                idempotency=idempotency,
+            )
         )
 
     def accept(
@@ -197,6 +214,29 @@ class LedgerKit:
             inputs=[photo(upload_id) for upload_id in upload_ids],
             speeds=speeds,
             weights_sha256=weights_sha256,
+        )
+
+    def marker(self, job_id: str, batch_id: str, owner: str, fence: int, upload_ids: list[str]) -> Marker:
+        """Describe the end of a job as the store has it."""
+        output = {"key": f"{job_id}/{fence}/output.webp", "sha256": "5" * 64, "content_type": "image/webp"}
+        return Marker.model_validate(
+            {
+                "job_id": job_id,
+                "batch_id": batch_id,
+                "index": 0,
+                "owner": owner,
+                "fence": fence,
+                "attempts": fence,
+                "worker": "w9",
+                "started_at_ms": 1_700_000_000_000,
+                "finished_at_ms": 1_700_000_001_000,
+                "output": output | {"height": 768, "width": 1024, "size_bytes": 500},
+                "inputs": [vars(photo(upload_id)) for upload_id in upload_ids],
+                "params": {"seed": 7},
+                "timings": {"run": 1.5},
+                "weights_sha256": None,
+                "optimizations": {},
+            }
         )
 
     def fail(self, job: Job) -> None:

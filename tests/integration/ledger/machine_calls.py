@@ -18,6 +18,7 @@ from server.ledger import api_side, worker_side
 from server.ledger.api_side import Idempotency
 from server.ledger.status import WorkerModel, WorkerStatus
 from server.ledger.worker_side import Alone, HeldJob
+from server.settings import AdmissionSettings
 from tests.integration.ledger.expected_keys import ARRANGE, DUMP, expected_keys, observed_keys
 from tests.integration.ledger.kit import (
     HOOK_URL,
@@ -146,16 +147,27 @@ class LedgerCalls(RuleBasedStateMachine):
         batch = self.kit.with_uploads(batch, upload_ids)
         return replace(batch, label=label, webhook=Webhook(HOOK_URL) if hook else None)
 
-    def submit(self, batch: Batch, max_open: int, idempotency: tuple[str, str, str] | None) -> None:
+    def submit(
+        self,
+        batch: Batch,
+        max_open: int,
+        max_owner_open: int | None,
+        idempotency: tuple[str, str, str] | None,
+        grace_seconds: float | None = None,
+    ) -> None:
         """Submit and check the answer."""
         twin = ModelBatch(batch.id, batch.owner, batch.priority.value, batch.label, batch.webhook is not None)
         twin.jobs = [
             ModelJob(job.id, twin, job.index, job.model, [one.upload_id for one in job.inputs]) for job in batch.jobs
         ]
         key = Idempotency(*idempotency, ttl_seconds=IDEMPOTENCY_SECONDS) if idempotency else None
-        result = self.kit.submit(batch, idempotency=key, max_open_jobs=max_open)
+        admission = None if grace_seconds is None else AdmissionSettings(worker_grace_seconds=grace_seconds)
+        result = self.kit.submit(
+            batch, idempotency=key, max_open_jobs=max_open, max_owner_jobs=max_owner_open, admission=admission
+        )
         etags = {one.upload_id: one.etag for job in batch.jobs for one in job.inputs}
-        assert (result.kind, result.text) == self.model.submit(twin, etags, max_open, idempotency)
+        promised = self.model.submit(twin, etags, max_open, max_owner_open, idempotency, grace_seconds)
+        assert (result.kind, result.text) == promised
         self.reached[f"submit {result.kind}"] += 1
 
     # Workers.
@@ -201,6 +213,16 @@ class LedgerCalls(RuleBasedStateMachine):
         job, speeds = self.model.jobs.get(hand[0]), speeds or {}
         answer = self.kit.commit_as(self.workers["w1"], *hand, job.upload_ids if job else [], speeds=speeds)
         self.check("commit", answer, self.model.commit(*hand, speeds))
+        if answer == "ok":
+            self.objects.add(f"outputs/{hand[0]}/done.json")
+
+    def finish_marked(self, job: ModelJob, fence: int) -> None:
+        """Finish a job as the store marks it, and check the answer."""
+        marker = self.kit.marker(job.id, job.batch.id, job.batch.owner, fence, job.upload_ids)
+        answer = self.kit.run(self.kit.reconciler.finish_marked(marker))
+        self.check("finish marked", answer, self.model.finish_marked(job.id, fence, marker.attempts, "w9"))
+        if answer == "finished":
+            self.objects |= {f"outputs/{marker.output.key}", job.marker_name}
 
     def fail(self, hand: Hand) -> None:
         """Give a job up and check the answer."""
@@ -266,11 +288,18 @@ class LedgerCalls(RuleBasedStateMachine):
             answer = self.kit.run(self.kit.api.cancel(owner, job_ids))
         self.check("cancel", answer, self.model.cancel(token, owner, job_ids))
 
-    def reopen(self, token: str, owner: str, job_ids: list[str], max_open: int = MAX_OPEN) -> None:
+    def reopen(
+        self,
+        token: str,
+        owner: str,
+        job_ids: list[str],
+        max_open: int = MAX_OPEN,
+        limited: tuple[str, int] | None = None,
+    ) -> None:
         """Ask for another round of jobs and check the answers."""
         with self._drawing(token):
-            answer = self.kit.run(self.kit.api.reopen(owner, job_ids, max_open_jobs=max_open))
-        self.check("reopen", answer, self.model.reopen(token, owner, job_ids, max_open))
+            answer = self.kit.run(self.kit.api.reopen(owner, job_ids, max_open_jobs=max_open, limited=limited))
+        self.check("reopen", answer, self.model.reopen(token, owner, job_ids, max_open, limited))
 
     def delete(self, token: str, owner: str, batch_id: str) -> None:
         """Delete a batch and check the answer."""

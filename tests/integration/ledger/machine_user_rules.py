@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
-from tests.integration.ledger.kit import FORM_SECONDS, OFFER_SECONDS, STEP_SECONDS, UNUSED_SECONDS
-from tests.integration.ledger.machine_calls import MAX_OPEN, MODELS, OWNERS
+from tests.integration.ledger.kit import FORM_SECONDS, GRACE_SECONDS, OFFER_SECONDS, STEP_SECONDS, UNUSED_SECONDS
+from tests.integration.ledger.machine_calls import MAX_OPEN, MODELS, OWNERS, WORKERS
 from tests.integration.ledger.machine_worker_rules import WorkerRules
 from tests.integration.ledger.model_moves import PRIORITIES
 from tests.integration.ledger.model_records import ModelUpload
@@ -27,7 +27,7 @@ class UserRules(WorkerRules):
 
     def __init__(self, new_ledger: Any, reached: Counter[str]) -> None:
         super().__init__(new_ledger, reached)
-        self.submissions: list[tuple[Any, int, tuple[str, str, str] | None]] = []
+        self.submissions: list[tuple[Any, int, int | None, tuple[str, str, str] | None]] = []
 
     @initialize(
         batches=st.lists(
@@ -47,8 +47,8 @@ class UserRules(WorkerRules):
             ids = self.announce_uploads(owner, [("d1", 9, "image/jpeg"), (None, 9, "image/jpeg")], FORM_SECONDS)
             named = [[ids[place % 2]] for place, _ in enumerate(models)]
             batch = self.describe_batch(owner, priority, models, named, hook=hook, label=LABELS[0])
-            self.submissions.append((batch, MAX_OPEN, None))
-            self.submit(batch, MAX_OPEN, None)
+            self.submissions.append((batch, MAX_OPEN, None, None))
+            self.submit(batch, MAX_OPEN, None, None)
 
     # Uploads and submissions.
 
@@ -103,7 +103,7 @@ class UserRules(WorkerRules):
         owner=st.sampled_from(OWNERS),
         priority=st.sampled_from(PRIORITIES),
         models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3),
-        trouble=st.sampled_from((*[None] * 7, "missing", "foreign", "full")),
+        trouble=st.sampled_from((*[None] * 7, "missing", "foreign", "full", "owner_full")),
         key=st.sampled_from((None, None, None, "k1", "k2")),
         body=st.sampled_from(("body-a", "body-b")),
         hook=st.booleans(),
@@ -132,18 +132,34 @@ class UserRules(WorkerRules):
             chosen[-1] = [data.draw(st.sampled_from(foreign))]
         batch = self.describe_batch(owner, priority, models, chosen, hook=hook, label=label)
         max_open = 0 if trouble == "full" else MAX_OPEN
+        room = len(models) - (trouble == "owner_full")
+        max_owner_open = self.model.num_open(owner) + room if trouble in {"missing", "owner_full"} else None
         idempotency = (key, body, f"answer of {batch.id}") if key else None
-        self.submissions.append((batch, max_open, idempotency))
-        self.submit(batch, max_open, idempotency)
+        self.submissions.append((batch, max_open, max_owner_open, idempotency))
+        self.submit(*self.submissions[-1])
+
+    @rule(
+        owner=st.sampled_from(OWNERS),
+        models=st.lists(st.sampled_from(MODELS), min_size=1, max_size=3),
+        served=st.sets(st.sampled_from(MODELS)),
+        steps=st.sampled_from((0, 5, 12)),
+    )
+    def batch_needs_workers(self, owner: str, models: list[str], served: set[str], steps: int) -> None:
+        """A batch comes for models that a worker was ready for just now, long ago, or never."""
+        self.announce_worker(WORKERS[0], {model: model in served for model in MODELS})
+        self.pass_time(steps * STEP_SECONDS)
+        ids = self.announce_uploads(owner, [(None, 9, "image/jpeg")], FORM_SECONDS)
+        batch = self.describe_batch(owner, "normal", models, [ids for _ in models], hook=False, label=None)
+        self.submit(batch, MAX_OPEN, None, None, GRACE_SECONDS)
 
     @precondition(lambda self: self.submissions)
     @rule(data=st.data())
     def submission_is_repeated(self, data: st.DataObject) -> None:
         """The reply to a submission was lost, so the API sends it again, word for word."""
-        batch, max_open, idempotency = data.draw(st.sampled_from(self.submissions[-3:]))
+        submission = data.draw(st.sampled_from(self.submissions[-3:]))
         # Once its records have gone, a batch's id is not used again.
-        if batch.id in self.model.batches:
-            self.submit(batch, max_open, idempotency)
+        if submission[0].id in self.model.batches:
+            self.submit(*submission)
 
     # Users.
 
@@ -167,14 +183,27 @@ class UserRules(WorkerRules):
 
     @precondition(lambda self: self.ended_jobs())
     @rule(
-        data=st.data(), owner=st.sampled_from(("", "", "", "", "ana")), room=st.sampled_from((MAX_OPEN, MAX_OPEN, 0, 1))
+        data=st.data(),
+        owner=st.sampled_from(("", "", "", "", "ana")),
+        room=st.sampled_from((MAX_OPEN, MAX_OPEN, 0, 1)),
+        limited=st.sampled_from((None, None, *OWNERS)),
+        limited_room=st.sampled_from((0, 1, 2)),
     )
-    def jobs_are_reopened(self, data: st.DataObject, owner: str, room: int) -> None:
+    def jobs_are_reopened(
+        self, data: st.DataObject, owner: str, room: int, limited: str | None, limited_room: int
+    ) -> None:
         """A user asks for another round of some jobs, those that can have one and others, of any batches."""
         ids = data.draw(st.lists(st.sampled_from(self.ended_jobs()), min_size=1, max_size=3))
         ids += data.draw(st.lists(st.sampled_from([*self.model.jobs, "j-none"]), max_size=2))
         most = MAX_OPEN if room == MAX_OPEN else self.model.num_open() + room
-        self.change(data, self.reopen, owner, ids, most)
+        self.change(
+            data,
+            self.reopen,
+            owner,
+            ids,
+            most,
+            limited and (limited, self.model.num_open(limited) + limited_room),
+        )
 
     def ended_jobs(self) -> list[str]:
         """List the jobs that a user may want to have done again."""

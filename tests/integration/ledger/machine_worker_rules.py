@@ -3,6 +3,7 @@
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule
 
+from tests.integration.ledger.kit import LEASE_SECONDS
 from tests.integration.ledger.machine_calls import MODELS, WORKERS
 from tests.integration.ledger.machine_looks import LedgerLooks
 from tests.integration.ledger.model_records import ModelBatch
@@ -148,6 +149,17 @@ class WorkerRules(LedgerLooks):
             job_id = taken[0][0]
             self.start(taken[0], on_device=on_device)
             self.sweep_for_a_lease()
+
+    @precondition(lambda self: self.model.jobs)
+    @rule(data=st.data(), more=st.integers(0, 2), times=st.integers(1, 2), sleeps=st.booleans())
+    def store_marks_a_job_as_done(self, data: st.DataObject, more: int, times: int, sleeps: bool) -> None:
+        """The ledger was set back, and the store knows the end of a job under this fence or a later one."""
+        job = self.model.jobs[data.draw(st.sampled_from(sorted(self.model.jobs)))]
+        if sleeps:
+            self.pass_time(LEASE_SECONDS)
+        fence = max(1, job.fence + more)
+        for _ in range(times):
+            self.finish_marked(job, fence)
 
     @precondition(lambda self: self.open_batches())
     @rule(data=st.data(), worker=st.sampled_from(WORKERS), measured=speeds)

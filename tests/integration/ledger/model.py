@@ -59,9 +59,18 @@ class LedgerModel(ModelWorkers, ModelDue):
             del self.digests[owner, upload.sha256]
 
     def submit(
-        self, batch: ModelBatch, etags: dict[str, str], max_open: int, idempotency: tuple[str, str, str] | None
+        self,
+        batch: ModelBatch,
+        etags: dict[str, str],
+        max_open: int,
+        max_owner_open: int | None,
+        idempotency: tuple[str, str, str] | None,
+        grace_seconds: float | None = None,
     ) -> tuple[str, str]:
-        """Expect a submission's answer; `idempotency` is key, body and answer."""
+        """Expect a submission's answer; `idempotency` is key, body and answer.
+
+        With `grace_seconds` a worker must have been ready for each model lately, or nothing be known of it yet.
+        """
         self.call += 1
         first = self.remembered.get((batch.owner, idempotency[0])) if idempotency else None
         if first and first.batch_id != batch.id:
@@ -69,17 +78,29 @@ class LedgerModel(ModelWorkers, ModelDue):
             return ("replayed", first.answer) if first.body == idempotency[1] else ("conflict", "")
         if first or batch.id in self.batches:
             return "accepted", ""
-        if self.num_open() + len(batch.jobs) > max_open:
-            return "full", ""
+        if refusal := self._find_no_room(batch, max_open, max_owner_open):
+            return refusal, ""
         for upload_id in (upload_id for job in batch.jobs for upload_id in job.upload_ids):
             if upload_id not in self.uploads or self.uploads[upload_id].owner != batch.owner:
                 return "missing_upload", upload_id
+        if grace_seconds is not None:
+            for model in dict.fromkeys(job.model for job in batch.jobs):
+                if self.now - self.served_at.get(model, self.now) > grace_seconds:
+                    return "unserved", model
+            self.served_at = {job.model: self.now for job in batch.jobs} | self.served_at
         self._accept(batch, etags)
         if idempotency:
             key, body, answer = idempotency
             until = self.now + IDEMPOTENCY_SECONDS
             self.remembered[batch.owner, key] = Remembered(batch.id, body, answer, until)
         return "accepted", ""
+
+    def _find_no_room(self, batch: ModelBatch, max_open: int, max_owner_open: int | None) -> str | None:
+        if self.num_open() + len(batch.jobs) > max_open:
+            return "full"
+        if max_owner_open is not None and self.num_open(batch.owner) + len(batch.jobs) > max_owner_open:
+            return "owner_full"
+        return None
 
     def _accept(self, batch: ModelBatch, etags: dict[str, str]) -> None:
         self.batches[batch.id] = batch
@@ -101,9 +122,9 @@ class LedgerModel(ModelWorkers, ModelDue):
         self.tell_workers_ready(batch.jobs)
         self.announce_change(batch.id)
 
-    def num_open(self) -> int:
-        """Count the jobs that are still to be done."""
-        return sum(job.is_open for job in self.jobs.values())
+    def num_open(self, owner: str | None = None) -> int:
+        """Count the jobs that are still to be done, of one owner or of all."""
+        return sum(job.is_open and owner in {None, job.batch.owner} for job in self.jobs.values())
 
     # Users.
 
@@ -133,19 +154,25 @@ class LedgerModel(ModelWorkers, ModelDue):
                 replies.append("finished")
         return self.keep(token, replies)
 
-    def reopen(self, token: str, owner: str, job_ids: list[str], max_open: int) -> list[str]:
+    def reopen(
+        self, token: str, owner: str, job_ids: list[str], max_open: int, limited: tuple[str, int] | None
+    ) -> list[str]:
         """Expect the answers to REOPEN."""
         self.call += 1
         if token in self.replies:
             return self.replies[token][0]
         wanted = {job_id for job_id in job_ids if self._judge(owner, job_id) == "queued"}
-        is_full = self.num_open() + len(wanted) > max_open
+        refusal = "full" if self.num_open() + len(wanted) > max_open else None
+        if not refusal and limited:
+            num_limited = sum(self.jobs[job_id].batch.owner == limited[0] for job_id in wanted)
+            is_full = num_limited and self.num_open(limited[0]) + num_limited > limited[1]
+            refusal = "owner_full" if is_full else None
         replies: list[str] = []
         reopened: list[ModelJob] = []
         for place, job_id in enumerate(job_ids):
             answer = self._judge(owner, job_id)
-            if answer == "queued" and is_full:
-                answer = "full"
+            if answer == "queued" and refusal:
+                answer = refusal
             elif answer == "queued":
                 self._reopen(self.jobs[job_id], place)
                 reopened.append(self.jobs[job_id])
@@ -201,6 +228,7 @@ class LedgerModel(ModelWorkers, ModelDue):
         if self.placed_until <= now:
             self.num_placed = 0
         self.speeds = {model: one for model, one in self.speeds.items() if one[1] > now}
+        self.served_at = {model: at for model, at in self.served_at.items() if at + SPEED_SECONDS > now}
         if self.asked_until <= now:
             self.asked_models = set()
         if self.changes_until <= now:

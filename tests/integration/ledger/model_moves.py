@@ -41,6 +41,8 @@ class ModelMoves:
         self.workers: dict[str, Announced] = {}
         # For each model, until when each worker counts as holding it.
         self.holders: dict[str, dict[str, float]] = {}
+        # For each model, when a worker was last ready for it.
+        self.served_at: dict[str, float] = {}
         self.num_placed = 0
         self.placed_until: float = 0
         self.speeds: dict[str, tuple[dict[str, str], float]] = {}
@@ -184,7 +186,7 @@ class ModelMoves:
         batch.outputs_due = None
         for job in batch.jobs:
             if job.output:
-                self.trash[f"outputs/{job.output}"] = self.now
+                self.trash[f"outputs/{job.output}"] = self.trash[job.marker_name] = self.now
                 job.output = None
 
     def forget(self, batch: ModelBatch) -> None:

@@ -50,6 +50,11 @@ class ModelJob:
         """Where all that its latest try has written lies."""
         return f"outputs/{self.id}/{self.fence}/"
 
+    @property
+    def marker_name(self) -> str:
+        """Where the store marks it as done."""
+        return f"outputs/{self.id}/done.json"
+
 
 @dataclass
 class ModelBatch:

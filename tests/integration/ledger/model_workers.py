@@ -1,6 +1,6 @@
 """The model's answers to workers: claims, what happens to a held job, and what a worker announces."""
 
-from tests.integration.ledger.kit import LEASE_SECONDS
+from tests.integration.ledger.kit import LEASE_SECONDS, ORPHANS_SECONDS
 from tests.integration.ledger.model_moves import PRIORITIES, ModelMoves
 from tests.integration.ledger.model_records import Announced, ModelJob
 
@@ -94,6 +94,30 @@ class ModelWorkers(ModelMoves):
         self._measure(job.model, speeds)
         return "ok"
 
+    def finish_marked(self, job_id: str, fence: int, attempts: int, worker: str) -> str:
+        """Expect the answer to FINISH_MARKED."""
+        self.call += 1
+        if not (job := self.jobs.get(job_id)):
+            return "unknown"
+        if not job.is_open:
+            return "done" if job.status == "succeeded" else "settled"
+        if job.fence > fence:
+            return "newer"
+        if job.cancel:
+            return "cancelling"
+        if job.status == "running" and job.fence == fence and (job.lease_until or 0) > self.now:
+            return "held"
+        if job.status == "running" and job.fence < fence:
+            self.trash[job.try_name] = self.now + ORPHANS_SECONDS
+        # As if it were claimed and committed just now, but nobody hears of a start.
+        job.status, job.fence, job.attempts, job.worker = "running", fence, max(job.attempts, attempts), worker
+        job.output, job.params, job.has_timings = f"{job.try_name.partition('/')[2]}output.webp", {"seed": 7}, True
+        for name in (job.try_name, f"outputs/{job.output}", job.marker_name):
+            self.trash.pop(name, None)
+        job.batch.status, job.batch.is_started = "running", True
+        self.end(job, "succeeded")
+        return "finished"
+
     def _measure(self, model: str, speeds: dict[str, float]) -> None:
         if not speeds:
             return
@@ -139,6 +163,7 @@ class ModelWorkers(ModelMoves):
         """Hear what a worker serves; here it has all that in memory, and nothing else."""
         self.call += 1
         self.workers[worker] = Announced(models, self.now + ANNOUNCED_SECONDS)
+        self.served_at |= {model: self.now for model, is_ready in models.items() if is_ready}
         for model, is_ready in models.items():
             alive = {one: until for one, until in self.holders.get(model, {}).items() if until > self.now}
             self.holders[model] = alive

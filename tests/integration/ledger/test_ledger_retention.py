@@ -54,7 +54,8 @@ def test_photos_results_and_records_go_in_turn(ledger: Any) -> None:
 
     ledger.pass_time(100)
     assert ledger.expire() == {"outputs": 1}
-    assert ledger.trash() == {"outputs/b1-0/1/output.webp", "outputs/b1-1/1/output.webp"}
+    objects = ("1/output.webp", "done.json")
+    assert ledger.trash() == {f"outputs/b1-{index}/{name}" for index in (0, 1) for name in objects}
     batch = ledger.read("b1")
     assert batch.status == BatchStatus.FINISHED
     assert [(job.status, job.output) for job in batch.jobs] == [(JobStatus.SUCCEEDED, None)] * 2
@@ -75,7 +76,7 @@ def test_after_a_long_outage_all_goes_at_once(ledger: Any) -> None:
     ledger.finish("b1", ["qwen"])
     ledger.pass_time(2000)
     assert ledger.expire() == {"inputs": 1, "outputs": 1, "records": 1, "uploads": 1}
-    assert ledger.trash() == {"uploads/key of b1-upload-0", "outputs/b1-0/1/output.webp"}
+    assert ledger.trash() == {"uploads/key of b1-upload-0", "outputs/b1-0/1/output.webp", "outputs/b1-0/done.json"}
     assert ledger.expire() == {}
 
 
@@ -121,7 +122,7 @@ def test_nothing_is_left_of_a_batch(ledger: Any) -> None:
     ledger.run(ledger.api.note_delivery("b1", 1, 1, **outcome))
     ledger.pass_time(1000)
     assert ledger.expire() == {"inputs": 1, "outputs": 1, "records": 1, "uploads": 3}
-    assert len(ledger.trash()) == 6
+    assert len(ledger.trash()) == 7
     assert ledger.keys() == ["changes", "control", "models", "schema", "speed:qwen"]
 
 
@@ -134,7 +135,7 @@ def test_a_finished_batch_is_deleted_at_once(ledger: Any) -> None:
     assert ledger.run(ledger.api.read_batch("b1")) is None
     assert ledger.run(ledger.api.wait_for_changes(position, block_seconds=1))[1] == {"b1"}
     assert ledger.expire() == {"uploads": 1}
-    assert ledger.trash() == {"uploads/key of b1-upload-0", "outputs/b1-0/1/output.webp"}
+    assert ledger.trash() == {"uploads/key of b1-upload-0", "outputs/b1-0/1/output.webp", "outputs/b1-0/done.json"}
     assert ledger.run(ledger.api.delete_batch("ana", "b1")) == "unknown"
     # Nothing is left that would be due later.
     ledger.pass_time(3000)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ResponseError
 
-from server.errors import LedgerUnavailable
+from server.errors import LedgerFull, LedgerUnavailable
 from server.jobs import Job, JobStatus, Webhook
 from server.ledger import api_side, worker_side
 from server.ledger.scripts import script_text, unavailable
@@ -25,8 +25,9 @@ from tests.integration.ledger.kit import record
 @pytest.fixture
 def full_redis(ledger: Any) -> Iterator[Any]:
     """Give a function that lets no memory be free; it is, after the test."""
+    before = ledger.client.config_get("maxmemory")["maxmemory"]
     yield lambda: ledger.client.config_set("maxmemory", 1)
-    ledger.client.config_set("maxmemory", 0)
+    ledger.client.config_set("maxmemory", before)
 
 
 def settings_of(url: str) -> RedisSettings:
@@ -55,9 +56,9 @@ def test_accepted_work_drains_while_memory_is_full(ledger: Any, full_redis: Any)
     worker = ledger.worker()
     full_redis()
     batch = ledger.batch("b2", ["qwen"])
-    with pytest.raises(LedgerUnavailable, match="maxmemory"):
+    with pytest.raises(LedgerFull, match="maxmemory"):
         ledger.submit(batch)
-    with pytest.raises(LedgerUnavailable, match=r"^Redis does not serve: command not allowed") as refused:
+    with pytest.raises(LedgerFull, match=r"^Redis does not serve: command not allowed") as refused:
         ledger.announce([record("u1", filename="secret plan.jpg")])
     assert "secret" not in refused.value.detail
 
@@ -96,7 +97,7 @@ def test_what_frees_memory_goes_on_while_it_is_full(ledger: Any, full_redis: Any
     assert ledger.run(api.delete_batch("ana", "b1")) == "deleted"
     ledger.pass_time(2000)
     assert ledger.expire() == {"inputs": 1, "outputs": 1, "records": 1, "uploads": 2}
-    assert len(ledger.trash()) == 4
+    assert len(ledger.trash()) == 6
 
 
 # Reading scripts that Redis refuses to let write.

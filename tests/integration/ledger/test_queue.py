@@ -5,14 +5,18 @@ import queue
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 import dramatiq
 import pytest
 from dramatiq.brokers.redis import RedisBroker
 
+from server.ledger.worker_side import connect
 from server.queue import ACTOR_NAME, create_broker, declare_ring, queue_name
+from server.settings import RedisSettings
+from tests.chaos.proxy import Proxy
 
 QUEUE = "restage.qwen"
 
@@ -143,6 +147,77 @@ def test_the_bell_of_a_dead_worker_rings_elsewhere(ledger: Any, rung: queue.Simp
     declare_ring(broker, rung.put, QUEUE)
     with running_worker(broker, {QUEUE}):
         assert rung.get(timeout=10) == "qwen"
+
+
+def test_bells_that_were_flushed_or_torn_ring_again(
+    ledger: Any, rung: queue.SimpleQueue[str], wait_until: Callable[..., None]
+) -> None:
+    """A bell without its content, and all of Dramatiq's keys deleted under a worker, cost a sweep and no job."""
+    client = ledger.raw_client
+    ledger.client.sadd(f"{ledger.prefix}:workers", "w1", "w2")
+    ledger.accept("b1", ["qwen", "qwen"])
+    torn, _ = client.lrange(f"dramatiq:{QUEUE}", 0, -1)
+    assert client.hdel(f"dramatiq:{QUEUE}.msgs", torn) == 1
+    broker = create_broker(client)
+    declare_ring(broker, rung.put, QUEUE)
+    with running_worker(broker, {QUEUE}):
+        assert rung.get(timeout=10) == "qwen"
+        wait_until(lambda: client.hlen(f"dramatiq:{QUEUE}.msgs") == 0)
+        client.delete(*client.keys("dramatiq:*"))
+        assert ledger.sweep(["qwen"]).rung == 1
+        assert rung.get(timeout=10) == "qwen"
+    assert rung.empty()
+    assert [ledger.claim(["qwen"]).id for _ in range(2)] == ["b1-0", "b1-1"]
+
+
+def test_a_full_redis_stills_the_bells_for_as_long_as_it_is_full(
+    ledger: Any, rung: queue.SimpleQueue[str], wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dramatiq's own scripts are refused then, acknowledgements too; its worker lives on and hears what rings later."""
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+    before = ledger.client.config_get("maxmemory")["maxmemory"]
+    broker = create_broker(ledger.raw_client)
+    declare_ring(broker, rung.put, QUEUE)
+    with running_worker(broker, {QUEUE}):
+        ledger.accept("b1", ["qwen"])
+        assert rung.get(timeout=10) == "qwen"
+        ledger.client.config_set("maxmemory", 1)
+        try:
+            num_refused = ledger.client.info("stats")["total_error_replies"]
+            wait_until(lambda: ledger.client.info("stats")["total_error_replies"] > num_refused + 2)
+            assert ledger.commit(ledger.claim(["qwen"])) == "ok"
+        finally:
+            ledger.client.config_set("maxmemory", before)
+        ledger.accept("b2", ["qwen"])
+        assert rung.get(timeout=10) == "qwen"
+
+
+def test_a_bell_whose_fetch_or_acknowledgement_is_never_answered_costs_a_sweep(
+    ledger: Any, rung: queue.SimpleQueue[str], wait_until: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dramatiq leaves such a bell in the hands of a worker that lives, for ever: the sweep rings another."""
+    monkeypatch.setattr("dramatiq.worker.CONSUMER_RESTART_DELAY_SECS", 0.05)
+    monkeypatch.setattr("dramatiq.worker.POST_PROCESS_MESSAGE_RETRY_DELAY_SECS", 0.05)
+    ledger.accept("b1", ["qwen"])
+    with Proxy(urlsplit(ledger.url).port or 0) as proxy:
+        settings = RedisSettings(url=f"redis://{proxy.address}/0")
+        with closing(connect(settings, decode=False)) as client:
+            broker = create_broker(client)
+            declare_ring(broker, rung.put, QUEUE)
+            ledger.raw_client.script_load(broker.scripts["dispatch"].script)
+            proxy.lose_replies(b"\r\nfetch\r\n", times=4)
+            with running_worker(broker, {QUEUE}):
+                wait_until(lambda: proxy.num_to_lose == 0)
+                assert ledger.client.llen(f"dramatiq:{QUEUE}") == 0
+                assert rung.empty()
+                proxy.lose_replies(b"\r\nack\r\n", times=4)
+                assert ledger.sweep(["qwen"]).rung == 1
+                assert rung.get(timeout=10) == "qwen"
+                wait_until(lambda: proxy.num_to_lose == 0)
+                ledger.client.delete(f"dramatiq:{QUEUE}")
+                assert ledger.sweep(["qwen"]).rung == 1
+                assert rung.get(timeout=10) == "qwen"
+    assert rung.empty()
 
 
 def test_the_actor_has_neither_retries_nor_a_time_limit(ledger: Any) -> None:

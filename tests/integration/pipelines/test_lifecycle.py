@@ -1,7 +1,6 @@
 """A model that was unloaded leaves nothing behind: a worker may load and unload for as long as it lives."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import defaultdict
@@ -9,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from tests.conftest import untraced
 
 REPOSITORY = Path(__file__).parents[3]
 NUM_CYCLES = 10
@@ -37,7 +38,7 @@ def test_memory_is_flat_over_ten_loads_of_each_model(weights_dir):
     }
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name("cycle_models.py"), str(NUM_CYCLES)],
-        env=os.environ | environment,
+        env=untraced() | environment,
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -1,6 +1,5 @@
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import tiny
+from tests.conftest import untraced
 
 REPOSITORY = Path(__file__).parents[3]
 NAMES = list(tiny.TWINS)
@@ -22,7 +22,7 @@ def digests(folder):
 def test_twins_are_made_to_the_same_bytes_by_another_process(weights_dir, tmp_path):
     """The command makes every file again to the last byte, with another number of threads and without a network."""
     command = [sys.executable, REPOSITORY / "scripts" / "make_tiny_weights.py", "--out", tmp_path / "weights"]
-    env = os.environ | {
+    env = untraced() | {
         "OMP_NUM_THREADS": "1",
         "HF_HOME": str(tmp_path / "no-cache"),
         "HF_ENDPOINT": "http://127.0.0.1:9",

@@ -25,10 +25,12 @@ from server.jobs import Batch, BatchStatus, Job, JobInput, OutputSpec, Priority
 from server.ledger.api_side import ApiLedger
 from server.ledger.records import UploadRecord
 from server.ledger.status import WorkerStatus
+from server.marker import marker_key
 from server.registry import Registry, load_registry
 from server.settings import RetentionSettings, Settings, load_settings
 from server.store import Store
 from server.worker.decoding import Decoders
+from tests.conftest import untraced
 from tests.integration.worker.lane_kit import LaneKit
 
 OWNER = "ana"
@@ -43,8 +45,9 @@ class Workers:
     QWEN = "tiny-qwen-image-edit-2511"
     FLUX = "tiny-flux-kontext"
 
-    def __init__(self, environment: dict[str, str], folder: Path, store: Store) -> None:
+    def __init__(self, environment: dict[str, str], folder: Path, store: Store, *, is_traced: bool = False) -> None:
         self.environment = environment
+        self._is_traced = is_traced
         self.settings: Settings = load_settings(env=environment)
         self.registry: Registry = load_registry(self.settings)
         self.store = store
@@ -109,7 +112,8 @@ class Workers:
             [sys.executable, "-m", module, "worker"],
             log_file=self._folder / f"worker-{len(self.children)}.log",
         )
-        child.start(os.environ | self.environment | environment)
+        around = os.environ if self._is_traced else untraced()
+        child.start({**around, **self.environment, **environment})
         self.children.append(child)
         return child
 
@@ -258,9 +262,9 @@ class Workers:
         return [fields["type"] for _, fields in entries]
 
     def outputs(self, job_id: str) -> list[str]:
-        """List the keys of all objects that any try of a job has left in the store."""
+        """List the keys of all objects that any try of a job has left in the store, without its marker."""
         objects = self.store._client.list_objects("restage-outputs", prefix=f"{job_id}/", recursive=True)
-        return [str(one.object_name) for one in objects]
+        return [str(one.object_name) for one in objects if one.object_name != marker_key(job_id)]
 
     def image(self, job: Job) -> Image.Image:
         """Download a job's result and compare it with its record."""
@@ -318,7 +322,8 @@ def steady(
         "RESTAGE__REDIS__KEY_PREFIX": "steady",
         "RESTAGE__WORKER__RETRY_BASE_SECONDS": "0.2",
     }
-    workers = Workers(environment | own, tmp_path_factory.mktemp("steady"), s3.store)
+    # Of the workers that are processes, this one alone shows what it covers: the others are mostly killed.
+    workers = Workers(environment | own, tmp_path_factory.mktemp("steady"), s3.store, is_traced=True)
     try:
         workers.start()
         workers.wait_ready()

@@ -1,7 +1,7 @@
 """A worker whose device fails in the midst of a job: `python -m tests.integration.worker.faulty_worker worker`.
 
 Everything is the real worker's, but that the run of a job with the prompt `fault` does, at its tenth step, what the
-variable FAULT names.
+variable FAULT names, and that its clock is CLOCK_SKEW_SECONDS ahead of the others'.
 """
 
 import ctypes
@@ -12,6 +12,8 @@ import os
 import runpy
 import signal
 import sys
+import time
+from collections.abc import Callable
 from typing import Any
 
 AT_STEP = 10
@@ -46,6 +48,9 @@ def spoil(running: Any) -> None:
 class SpoilingFinder(importlib.abc.MetaPathFinder):
     """Spoils `pipelines.running` when the worker imports it, so that all is imported in the worker's own order."""
 
+    def __init__(self, spoil: Callable[[Any], None]) -> None:
+        self._spoil = spoil
+
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:  # noqa: ARG002
         """Find that module alone."""
         if fullname != "pipelines.running":
@@ -58,12 +63,20 @@ class SpoilingFinder(importlib.abc.MetaPathFinder):
 
         def exec_and_spoil(module: Any) -> None:
             exec_module(module)
-            spoil(module)
+            self._spoil(module)
 
         loader.exec_module = exec_and_spoil
         return spec
 
 
+def set_clock(seconds: float) -> None:
+    """Let the clock of this process be so far ahead."""
+    true_time, true_time_ns = time.time, time.time_ns
+    time.time = lambda: true_time() + seconds
+    time.time_ns = lambda: true_time_ns() + int(seconds * 10**9)
+
+
 if __name__ == "__main__":
-    sys.meta_path.insert(0, SpoilingFinder())
+    set_clock(float(os.environ.get("CLOCK_SKEW_SECONDS", "0")))
+    sys.meta_path.insert(0, SpoilingFinder(spoil))
     runpy.run_module("server.cli", run_name="__main__", alter_sys=True)

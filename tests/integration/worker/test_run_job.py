@@ -2,70 +2,14 @@
 
 import hashlib
 import io
-import queue
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import pytest
 from PIL import ExifTags, Image
 
-from server.embedded import EmbeddedStore
-from server.jobs import Job, JobStatus, OutputSpec
-from server.ledger.worker_side import WorkerLedger, connect
+from server.embedded import EmbeddedStore, EmbeddedValkey
+from server.jobs import JobStatus, OutputSpec
 from server.store import Store
-
-
-class RunnerKit:
-    """A runner with two stage threads, and a hand for its jobs."""
-
-    def __init__(self, workers, store, decoders):
-        from server.worker.hand import Hand
-        from server.worker.patience import Outage
-        from server.worker.run_job import JobRunner
-
-        self.workers = workers
-        self.bugs = []
-        self.ledger = WorkerLedger(
-            connect(workers.settings.redis), worker_id="runner-test", key_prefix=workers.prefix, lease_seconds=60
-        )
-        self.hand = Hand(on_release=lambda: None)
-        self.pool = ThreadPoolExecutor(2)
-        self.runner = JobRunner(
-            registry=workers.registry,
-            store=store,
-            ledger=self.ledger,
-            hand=self.hand,
-            store_outage=Outage("store"),
-            ledger_outage=Outage("redis"),
-            settings=workers.settings.worker,
-            decoders=decoders,
-            pool=self.pool,
-            on_bug=self.bugs.append,
-        )
-        self.staged = queue.SimpleQueue()
-
-    def claim(self, *, data=None, output=None, **record):
-        """Have a job accepted and claimed; `record` is what its record has besides."""
-        photo = self.workers.upload(self.workers.picture() if data is None else data, sha256=None)
-        self.workers.submit(replace(self.workers.job(photo, output=output), **record))
-        job = self.ledger.claim(self.workers.registry.ids, num_held=0)
-        assert isinstance(job, Job)
-        return self.hand.take(job)
-
-    def stage(self, in_hand):
-        """Stage a job and wait until the lane would have it."""
-        self.runner.begin(in_hand, self.staged.put)
-        assert self.staged.get(timeout=60) is in_hand
-
-    def finish(self, in_hand):
-        """Hand in a picture, and wait until the job has left the hand."""
-        self.runner.finish(in_hand, Image.new("RGB", (in_hand.params["width"], in_hand.params["height"])))
-        assert self.hand.wait_empty(60)
-
-    def lose(self, in_hand):
-        """Let the ledger take the job away."""
-        job = in_hand.job
-        self.ledger.retry(job.id, job.fence, delay_seconds=600, counts=False, max_errors=3, code="test", detail="gone")
+from tests.integration.worker.runner_kit import RunnerKit
 
 
 @pytest.fixture
@@ -168,6 +112,38 @@ def test_job_that_met_a_store_away_for_good_costs_nothing(open_runner, workers):
     job = workers.read(in_hand.job.id)
     assert (job.status, job.attempts, job.error) == (JobStatus.QUEUED, 1, None)
     assert workers.field(job.id, "errors") == "0"
+
+
+def test_error_during_an_outage_of_redis_is_counted_once_and_tried_again(new_workers, decoders, tmp_path):
+    """What went wrong while Redis was away is told when it is back, and a job's pause outlives a second outage."""
+    server = EmbeddedValkey(tmp_path / "valkey")
+    server.start()
+    try:
+        server.wait_ready()
+        workers = new_workers(server.url, RESTAGE__WORKER__RETRY_BASE_SECONDS="1.5")
+        kit = RunnerKit(workers, workers.store, decoders)
+        in_hand = kit.claim()
+        kit.stage(in_hand)
+        server.kill()
+        kit.runner.fail(in_hand, RuntimeError("nobody reckons with it"))
+        assert not kit.hand.wait_empty(0.5)
+        server.start()
+        server.wait_ready()
+        assert kit.hand.wait_empty(60)
+        job = workers.until("the job", lambda: workers.read(in_hand.job.id))
+        assert (job.status, job.attempts, job.error and job.error.code) == (JobStatus.QUEUED, 1, "internal_error")
+        assert workers.field(job.id, "errors") == "1"
+
+        server.kill()
+        server.start()
+        server.wait_ready()
+        again = workers.until("the next try", lambda: kit.ledger.claim([job.model], num_held=0))
+        assert (again.id, again.attempts, again.error) == (job.id, 2, None)
+        assert workers.field(job.id, "errors") == "1"
+        kit.pool.shutdown()
+        assert kit.bugs == []
+    finally:
+        server.kill()
 
 
 def sideways_photo(workers):

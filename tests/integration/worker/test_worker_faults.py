@@ -3,6 +3,7 @@
 import resource
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 
 import psutil
@@ -10,6 +11,7 @@ import psutil
 from server.embedded import EmbeddedValkey
 from server.errors import LedgerUnavailable
 from server.jobs import JobStatus
+from tests.chaos.proxy import Proxy
 
 # Some three seconds on an idle machine: time enough to do harm.
 LONG = {"num_inference_steps": 100, "height": 384, "width": 384}
@@ -19,11 +21,21 @@ HASTY = {"RESTAGE__WORKER__JOB_TIMEOUT_SECONDS": "6", "RESTAGE__WORKER__STEP_GRA
 
 
 def test_killed_workers_job_is_done_by_another(crew):
-    """After kill -9 in mid-run the other worker claims the job within lease + sweep + 1 s, and it is committed once."""
-    crew.ensure(2)
+    """After kill -9 in mid-run the other worker claims the job within lease + sweep + 1 s, and it is committed once.
+
+    The clock of the one is two minutes fast, that of the other as much slow: a lease that followed either would end far
+    too late, or at once.
+    """
+    crew.ensure(0)
+    fast, slow = (crew.start(module=FAULTY, CLOCK_SKEW_SECONDS=skew) for skew in ("120", "-120"))
+    crew.wait_ready(2)
+    slow.send_signal(signal.SIGSTOP)  # so that it is the other that claims
     batch_id, job_id = crew.submit(crew.job(crew.upload(crew.picture()), params=LONG))
     crew.step(job_id)
+    slow.send_signal(signal.SIGCONT)
     victim = crew.holder(job_id)
+    assert victim is fast
+    assert crew.read(job_id).attempts == 1
 
     victim.kill_group()
     killed_at = time.monotonic()
@@ -35,7 +47,7 @@ def test_killed_workers_job_is_done_by_another(crew):
     # Ten times what is promised, since the machine may be busy.
     assert seconds < 10 * (crew.settings.worker.lease_seconds + 0.5 + 1)
     assert (job.status, job.attempts, job.suspect) == (JobStatus.SUCCEEDED, 2, True)
-    assert crew.holder(job_id) is not victim
+    assert crew.holder(job_id) is slow
     assert crew.events(batch_id).count("job.succeeded") == 1
     assert crew.outputs(job_id) == [f"{job_id}/2/output.png"]
 
@@ -99,11 +111,12 @@ def test_sigterm_lets_the_jobs_in_hand_finish(crew):
 
 
 def test_second_signal_gives_the_jobs_back_at_once(crew):
-    """After another signal the jobs are queued again, at no cost, and the process is gone before they were done."""
+    """After another signal the jobs are queued again at their old places, at no cost, and the process is gone."""
     crew.ensure(1)
     photo = crew.upload(crew.picture())
     longer = {"num_inference_steps": 100, "height": 640, "width": 640}
-    batch_id, *job_ids = crew.submit(*(crew.job(photo, params=longer) for _ in range(2)))
+    batch_id, *waiting = crew.submit(*(crew.job(photo, params=longer) for _ in range(4)))
+    job_ids = waiting[:2]  # as many as a hand holds
     crew.until("a first step", lambda: any(crew.read(job_id).step for job_id in job_ids))
     worker = crew.holder(job_ids[0])
 
@@ -119,42 +132,54 @@ def test_second_signal_gives_the_jobs_back_at_once(crew):
         costs = [crew.field(job_id, name) for name in ("errors", "deaths", "device_deaths", "suspect")]
         assert costs == ["0"] * 4
     assert worker.tail(20).count("job.given_back") == 2
-    crew.wait(crew.api.cancel("ana", job_ids))
-    assert crew.finished(batch_id).counts["cancelled"] == 2
+    assert crew._client.zrange(f"{crew.prefix}:ready:{crew.FLUX}:normal:ana", 0, -1) == waiting
+    crew.wait(crew.api.cancel("ana", waiting))
+    assert crew.finished(batch_id).counts["cancelled"] == 4
 
 
 def test_job_that_ends_its_workers_is_poisoned_and_the_others_lose_nothing(crew):
     """Killed, crashed, hung in native code, each in the midst of a step: the job on the device pays, no other.
 
-    It is a suspect then and runs alone; the third death ends it.
+    It is a suspect then and runs alone; the third death ends it. Of the 50 jobs of its batch another is cancelled, and
+    all the others succeed.
     """
     crew.ensure(0)
     faulty = {fault: crew.start(module=FAULTY, FAULT=fault, **HASTY) for fault in ("kill", "segfault", "native_hang")}
     crew.wait_ready(3)
     photo = crew.upload(crew.picture())
-    batch_id, poison = crew.submit(replace(crew.job(photo, params=LONG), prompt="fault"))
-    others_batch, *others = crew.submit(*(crew.job(photo) for _ in range(8)))
+    jobs = [replace(crew.job(photo, params=LONG), prompt="fault")]
+    jobs += [replace(crew.job(photo, params={"num_inference_steps": 1}), index=index) for index in range(1, 50)]
+    batch_id, poison, *others = crew.submit(*jobs)
+    unwanted = others.pop()
+    assert crew.wait(crew.api.cancel("ana", [unwanted])) == ["cancelled"]
     for attempt in (2, 3):
 
         def is_on_device(attempt=attempt):
             return crew.read(poison).attempts == attempt and crew.field(poison, "on_device") == "1"
 
         crew.until(f"run {attempt} of the poison", is_on_device)
-        worker, beside = crew.read(poison).worker, [crew.read(job_id) for job_id in others]
-        in_hand = [job.id for job in beside if job.status is JobStatus.RUNNING and job.worker == worker]
-        assert in_hand == [], "a suspect must run alone"
+        jobs = crew.wait(crew.api.read_batch(batch_id)).jobs
+        in_hand = [job.id for job in jobs if job.status is JobStatus.RUNNING and job.worker == jobs[0].worker]
+        assert in_hand == [poison], "a suspect must run alone"
 
-    (job,) = crew.finished(batch_id).jobs
-    assert (job.status, job.error.code, job.attempts) == (JobStatus.FAILED, "poisoned", 3)
     crew.until("the end of all three", lambda: not crew.alive())
+    job = crew.until("the sweep", lambda: (job := crew.read(poison)).status is JobStatus.FAILED and job)
+    assert (job.error.code, job.attempts) == ("poisoned", 3)
     ends = {fault: child.poll() for fault, child in faulty.items()}
     assert ends == {"kill": -signal.SIGKILL, "segfault": -signal.SIGSEGV, "native_hang": 1}
     assert "Segmentation fault" in faulty["segfault"].tail(200)
     assert "Timeout (" in faulty["native_hang"].tail(200)
     crew.ensure(1)
-    assert crew.finished(others_batch).counts["succeeded"] == 8
+    batch = crew.finished(batch_id)
+    ended = {"succeeded": 48, "failed": 1, "cancelled": 1}
+    assert batch.counts == {"total": 50, "queued": 0, "running": 0} | ended
+    told = Counter(crew.events(batch_id))
+    assert {kind: told[f"job.{kind}"] for kind in ended} == ended
+    assert told["batch.finished"] == 1
     costs = [[crew.field(job_id, name) for name in ("errors", "device_deaths", "suspect")] for job_id in others]
-    assert costs == [["0"] * 3] * 8
+    assert costs == [["0"] * 3] * 48
+    for job in batch.jobs[1:49]:
+        crew.image(job)
 
 
 def test_job_that_does_not_fit_fails_and_the_worker_goes_on(crew):
@@ -201,14 +226,19 @@ def submit_if_redis_serves(workers, photo):
         return None
 
 
-def test_redis_that_dies_in_mid_job_costs_time_only(new_workers, tmp_path, wait_until):
-    """Redis is killed during a run and started again after a while: the same attempt is committed, and work goes on."""
+def test_redis_that_dies_or_falls_silent_in_mid_job_costs_time_only(new_workers, tmp_path, wait_until):
+    """Redis is killed during a run and started again after a while: the same attempt is committed, and work goes on.
+
+    Then it cannot be heard from the worker, for longer than the worker's calls wait and than its lease: what it sent
+    meanwhile arrives late, and still each job is committed once.
+    """
     server = EmbeddedValkey(tmp_path / "valkey")
     server.start()
+    proxy = Proxy(server.ports[0]).start()
     try:
         server.wait_ready()
         workers = new_workers(server.url)
-        workers.start()
+        workers.start(RESTAGE__REDIS__URL=f"redis://{proxy.address}/0")
         workers.wait_ready()
         photo = workers.upload(workers.picture())
         batch_id, job_id = workers.submit(workers.job(photo, params=LONG))
@@ -227,8 +257,25 @@ def test_redis_that_dies_in_mid_job_costs_time_only(new_workers, tmp_path, wait_
         # The test's own connections of before the kill are dead too, and each says so once.
         next_batch, _ = wait_until(lambda: submit_if_redis_serves(workers, photo))
         assert workers.finished(next_batch).counts["succeeded"] == 1
+
+        some_time = LONG | {"num_inference_steps": 40}
+        jobs = [workers.job(photo, params=some_time), *(workers.job(photo) for _ in range(3))]
+        batch_id, job_id, *_ = workers.submit(*jobs)
+        workers.step(job_id)
+        proxy.black_hole()
+        lease_seconds = workers.settings.worker.lease_seconds
+        workers.until("the sweep", lambda: workers.read(job_id).status is JobStatus.QUEUED)
+        time.sleep(lease_seconds / 2)
+        proxy.heal()
+        batch = workers.finished(batch_id)
+        assert batch.counts["succeeded"] == 4
+        assert workers.events(batch_id).count("job.succeeded") == 4
+        for job in batch.jobs:
+            workers.image(job)
+            workers.until("one object", lambda job=job: workers.outputs(job.id) == [job.output.key])
         assert workers.children[0].is_running
     finally:
+        proxy.close()
         server.kill()
 
 
@@ -239,9 +286,11 @@ def test_step_that_never_ends_ends_the_process(new_workers, valkey):
     workers.wait_ready()
     photo = workers.upload(workers.picture())
     _, job_id = workers.submit(replace(workers.job(photo, params=LONG), prompt="fault"))
-
+    workers.step(job_id)
+    began = time.monotonic()
     workers.until("the end of the worker", lambda: not worker.is_running)
 
+    assert time.monotonic() - began < 10 * (6 + 0.5)  # what HASTY grants
     assert worker.poll() == 1
     assert "Timeout (0:00:0" in worker.tail(200)
     assert "in advance" in worker.tail(200)

@@ -1,6 +1,7 @@
 """What one healthy worker makes of jobs: pictures, records, refusals, cancels."""
 
 import io
+import itertools
 import random
 import time
 from dataclasses import replace
@@ -8,7 +9,9 @@ from dataclasses import replace
 import pytest
 from PIL import Image
 
+from server.errors import LedgerUnavailable
 from server.jobs import JobStatus, OutputSpec, Priority
+from tests.integration.worker.owners_kit import claims, client_of, flood, submit_photos
 
 LONG = {"num_inference_steps": 100, "height": 384, "width": 384}
 
@@ -194,6 +197,25 @@ def test_high_priority_overtakes_runs_and_leaves_their_pixels_alone(steady):
         assert steady.image(job).tobytes() == run_here(steady, job, data).tobytes()
 
 
+def test_full_redis_lets_accepted_jobs_end_and_takes_new_ones_later(steady):
+    """With no memory left for new work, what runs and what waits is done all the same."""
+    photo = steady.upload(steady.picture())
+    some_time = LONG | {"num_inference_steps": 30}
+    batch_id, running, *_ = steady.submit(steady.job(photo, params=some_time), *(steady.job(photo) for _ in range(3)))
+    steady.step(running)
+    before = steady._client.config_get("maxmemory")["maxmemory"]
+    steady._client.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(LedgerUnavailable, match="maxmemory"):
+            steady.submit(steady.job(photo))
+        assert steady.finished(batch_id).counts["succeeded"] == 4
+    finally:
+        steady._client.config_set("maxmemory", before)
+    next_batch, _ = steady.submit(steady.job(photo))
+    assert steady.finished(next_batch).counts["succeeded"] == 1
+    assert [child.is_running for child in steady.children] == [True]
+
+
 @pytest.mark.parametrize("file_format", ["GIF", "TIFF"])
 def test_other_formats_fail_as_invalid_input(steady, file_format):
     """What is no JPEG, PNG or WEBP is refused by content, whatever the record says."""
@@ -217,3 +239,32 @@ def test_prompt_with_too_many_tokens_fails_by_name(steady):
     assert (failed.error.code, failed.attempts) == ("invalid_input", 1)
     assert failed.error.detail == "the prompt has 4002 tokens; this model reads at most 512: shorten it"
     assert done.error is None
+
+
+@pytest.mark.timeout(180)
+def test_ten_thousand_photos_of_one_owner_do_not_make_five_of_another_wait(steady, tmp_path):
+    """Whoever comes beside ten thousand jobs is served in every second claim, through the API and by a real worker."""
+    many = flood(steady, "many", 200)
+    with client_of(steady, "few", tmp_path) as client:
+        batch = submit_photos(client, steady.picture(seed=5), 5, steady.FLUX)
+        steady.until(
+            "the end of the five", lambda: client.get(f"/v1/batches/{batch['id']}").json()["status"] == "finished"
+        )
+    few = steady.wait(steady.api.read_batch(batch["id"]))
+    assert few.counts["succeeded"] == 5
+    claimed = claims(steady.alive()[0].log_file)
+    places = [place for place, job_id in enumerate(claimed) if job_id in {job.id for job in few.jobs}]
+    # Who claimed just before the first of the five may have done so before they came.
+    before = [steady.read(job_id) for job_id in claimed[places[0] - 3 : places[0]]]
+    since = [job for job in before if job.started_at_ms > few.created_at_ms]
+    assert len(since) <= 1
+    assert all(later - earlier <= 2 for earlier, later in itertools.pairwise(places)), places
+    assert places[-1] - places[0] + len(since) < 10
+
+    # Nearly all of the ten thousand still wait; none of them is lost, and none has to be done.
+    for first in range(0, len(many), 500):
+        steady.wait(steady.api.cancel("many", many[first : first + 500]))
+    open_jobs = f"{steady.prefix}:open"
+    steady.until("the end of all", lambda: not steady._client.scard(open_jobs))
+    waits = [steady.read(job_id).status for job_id in (many[0], many[-1])]
+    assert waits == [JobStatus.SUCCEEDED, JobStatus.CANCELLED]

@@ -121,9 +121,16 @@ def test_model_that_fails_its_load_later_is_refused_and_its_job_costs_nothing(
     assert workers.field(job.id, "errors") == "0"
 
 
-def test_worker_without_any_model_ends_with_status_3(new_workers, valkey, tmp_path):
-    """When nothing can be served the process says why, leaves the reason where the API finds it, and ends."""
+def test_worker_without_any_model_ends_with_status_3(new_workers, valkey, weights_dir, tmp_path):
+    """When nothing can be served the process says why, leaves the reason where the API finds it, and ends.
+
+    One model's weights are damaged, the others' missing; jobs that wait are not touched.
+    """
     workers = new_workers(valkey.url, RESTAGE__MODELS__WEIGHTS_DIR=str(tmp_path))
+    shutil.copytree(weights_dir / FLUX, tmp_path / FLUX)
+    cut_weights(tmp_path / FLUX)
+    photo = workers.upload(workers.picture())
+    _, *waiting = workers.submit(workers.job(photo, FLUX), workers.job(photo, QWEN))
     child = workers.start()
 
     workers.until("the end", lambda: not child.is_running)
@@ -131,9 +138,11 @@ def test_worker_without_any_model_ends_with_status_3(new_workers, valkey, tmp_pa
     assert child.poll() == 3
     assert "worker.useless" in child.tail()
     statuses = workers.wait(workers.api.model_statuses(workers.registry.ids))
+    assert not any(status.ready for status in statuses.values())
+    assert "bytes, not " in statuses.pop(FLUX).reason
     for model_id, status in statuses.items():
-        assert not status.ready
         assert f"there is no folder {tmp_path / model_id}" in status.reason
+    assert {(job.status, job.attempts) for job in map(workers.read, waiting)} == {(JobStatus.QUEUED, 0)}
 
 
 def test_two_workers_serve_three_models_as_the_load_shifts(new_workers, valkey):
