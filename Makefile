@@ -6,6 +6,8 @@ WORKERS ?= 2
 MINUTES ?= 20
 SEED ?= 1
 export HF_HUB_OFFLINE := 1
+# Each of the many processes would compile all modules again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test gpu-test check fix bench soak clean
@@ -28,7 +30,7 @@ demo: $(VENV)/.run ## Stage eight drawn rooms with the tiny models, all on this 
 
 test: $(VENV)/.dev ## Run every tier of tests but gpu, with branch coverage
 	$(BIN)/coverage erase
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --cov --cov-report=term --cov-fail-under=90 --ignore=tests/gpu
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 --ignore=tests/gpu
 
 gpu-test: $(VENV)/.dev ## Run the tests that need a GPU; without one all are skipped, with the reason
 	$(BIN)/python -m pytest tests/gpu

@@ -174,9 +174,11 @@ class Run:
         return False
 
     def _await_baton(self, meanwhile: Callable[[], None] | None) -> None:
-        if meanwhile is not None:
-            meanwhile()
-        self._handed_back.get()
+        try:
+            if meanwhile is not None:
+                meanwhile()
+        finally:
+            self._handed_back.get()
 
     def close(self) -> None:
         """Give the run up if it is not finished, and let go of all that it holds; may be called again at any time."""

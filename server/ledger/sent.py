@@ -36,11 +36,12 @@ class SentScript:
 
     @property
     def is_answered(self) -> bool:
-        """Whether there is something to read, if only that the connection has broken."""
+        """Whether there is something to read, if only that the other side has hung up."""
         try:
             return self.is_sent and bool(self._connection.can_read(0))
         except RedisError:
-            return True
+            self._give_back()  # it was reset: nothing can be read from it any more, and `answer` calls anew
+            return False
 
     def answer(self) -> Any:
         """Wait for the answer, and return it. From the second time on the script is called anew.

@@ -150,8 +150,11 @@ class WorkerLedger:
         with ledger_errors():
             return self._scripts[name](keys=self._keys, args=[*args])  # pyright: ignore[reportArgumentType]
 
-    def check_schema(self) -> None:
-        """Refuse a ledger that another version wrote; one that no API has begun yet is none of these.
+    def check_schema(self) -> bool:
+        """Refuse a ledger that another version wrote.
+
+        Returns:
+            Whether there is a ledger: one that no API has begun yet may still become another version's.
 
         Raises:
             ConfigError: the ledger has another schema version.
@@ -160,6 +163,7 @@ class WorkerLedger:
         with ledger_errors():
             found = cast("str | None", self._client.get(f"{self._prefix}:schema"))
         check_schema(found, self._prefix)
+        return found is not None
 
     def claim(self, models: Sequence[str], *, num_held: int, high_only: bool = False) -> Job | Alone | None:
         """Take the best ready job of `models`, or None when nothing is ready; with `high_only` of that priority alone.

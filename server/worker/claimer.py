@@ -89,8 +89,7 @@ class Claimer:
 
     def _check_ledger(self) -> None:
         if not self._is_ledger_ours:
-            self._ledger.check_schema()
-            self._is_ledger_ours = True
+            self._is_ledger_ours = self._ledger.check_schema()
 
     def _fill_hand(self) -> None:
         while (place := self._free_place()) is not None:

@@ -274,9 +274,9 @@ class Lane:
 
     def _hand_over(self) -> None:
         """Pass on what has ended."""
-        ends, self._to_hand_over = self._to_hand_over, []
-        for end in ends:
-            end()
+        while self._to_hand_over:
+            self._to_hand_over[0]()
+            del self._to_hand_over[0]
 
     def _make_room(self, job: LaneJob) -> None:
         log.warning("device.full", device=self._device, job=job.in_hand.job.id, model=job.in_hand.job.model)
@@ -336,13 +336,21 @@ class Lane:
         start, self._sent_start = self._sent_start, None
         if start is None:
             return
-        if not start.is_answered:
-            self._watch_nobody()  # waiting for Redis is no fault of the device
         # While the answer is not there, nobody knows who is on the device.
         self._on_device = None
-        reply: Reply = self._outage.outwait(start.reply, check=job.in_hand.check)
+        if not start.is_answered:
+            self._watch_nobody()  # waiting for Redis is no fault of the device
+
+        def reply() -> Reply:
+            try:
+                return start.reply()
+            except LedgerUnavailable:
+                self._watch_nobody()  # what was answered is that Redis cannot serve: that may take long
+                raise
+
+        said = self._outage.outwait(reply, check=job.in_hand.check)
         self._on_device = job
-        job.in_hand.note(reply)
+        job.in_hand.note(said)
         job.in_hand.check()
 
     def _clear_device(self) -> None:

@@ -42,10 +42,14 @@ def contents(ledger: Any) -> dict[str, bytes]:
 
 
 def test_a_model_that_nobody_has_served_yet_gets_the_grace(ledger: Any) -> None:
-    """A fresh ledger accepts while the first worker loads, and no longer, however often an API process starts."""
+    """A fresh ledger accepts while the first worker loads, and no longer, however often an API process starts.
+
+    Where no API was there lately, all may have been away, and the grace begins anew.
+    """
     ledger.run(ledger.api.expect_models(["qwen"]))
     ledger.pass_time(500)
     assert submit(ledger, "b1", ["qwen", "flux"]) == ("accepted", "")
+    ledger.sweep()
     ledger.run(ledger.api.expect_models(["qwen", "flux"]))
     ledger.pass_time(500)
     # qwen was expected by the API 1,000 s ago, flux by the first batch 500 s ago.
@@ -54,6 +58,9 @@ def test_a_model_that_nobody_has_served_yet_gets_the_grace(ledger: Any) -> None:
     assert ledger.submit(ledger.batch("b1", ["qwen", "flux"]), admission=GRACE).kind == "accepted"
     ledger.pass_time(500)
     assert submit(ledger, "b4", ["flux"]) == ("unserved", "flux")
+    ledger.client.delete(f"{ledger.prefix}:swept")  # it ends by itself a minute after the last sweep
+    ledger.run(ledger.api.expect_models(["flux"]))
+    assert submit(ledger, "b4", ["flux"]) == ("accepted", "")
 
 
 def test_only_a_worker_that_is_ready_keeps_a_model_open(ledger: Any) -> None:
