@@ -150,7 +150,7 @@ async def _keep_clients(
 
 async def _drip(port: int, pause_seconds: float, ready: asyncio.Event) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = b"POST /v1/batches HTTP/1.1\r\nHost: a\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head = b"POST /v1/batches HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     writer.write(head + b"Content-Length: 10000000\r\n\r\n" + _FORM)
     answer = asyncio.create_task(reader.read(1))
     while not answer.done():
@@ -163,7 +163,7 @@ async def _drip(port: int, pause_seconds: float, ready: asyncio.Event) -> None:
 
 async def _follow(port: int, events: str, ready: asyncio.Event) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {events} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+    writer.write(f"GET {events} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     if b" 200 " not in await reader.readline():
         raise ConnectionError("a stream was refused")
     ready.set()

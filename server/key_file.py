@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import stat
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -148,6 +149,7 @@ class KeyFile:
             descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
             try:
                 with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                    _take_over_rights(target, descriptor)
                     file.write(text)
                     file.flush()
                     os.fsync(file.fileno())
@@ -157,3 +159,15 @@ class KeyFile:
                 raise
         except OSError as error:
             raise ConfigError([f"{self.path}: cannot be written: {error.strerror}"]) from error
+
+
+def _take_over_rights(target: Path, descriptor: int) -> None:
+    """Give a new file the owner and the mode of the one that it replaces, so that a running API can go on reading."""
+    try:
+        before = target.stat()
+    except FileNotFoundError:
+        return
+    new = os.fstat(descriptor)
+    if (new.st_uid, new.st_gid) != (before.st_uid, before.st_gid):
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    os.fchmod(descriptor, stat.S_IMODE(before.st_mode))

@@ -1,6 +1,7 @@
 """The API process: the only place where its parts are made and put together."""
 
 import asyncio
+import math
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -130,8 +131,8 @@ def _listen(settings: Settings) -> socket.socket:
     return listener
 
 
-async def _serve(app: Litestar, listener: socket.socket, settings: ServerSettings) -> None:
-    config = uvicorn.Config(
+def _configure(app: Litestar, settings: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         http=bounded_connections(settings),
         ws="none",
@@ -140,8 +141,13 @@ async def _serve(app: Litestar, listener: socket.socket, settings: ServerSetting
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        # uvicorn's own 5 s would cut connections that proxies keep; ours ends a second that is not whole.
+        timeout_keep_alive=math.ceil(settings.header_timeout_seconds),
     )
-    server = SignallessServer(config)
+
+
+async def _serve(app: Litestar, listener: socket.socket, settings: ServerSettings) -> None:
+    server = SignallessServer(_configure(app, settings))
     host, port = listener.getsockname()[:2]
     # The lifespan is ours, not uvicorn's: what fails at the start reaches the caller as the error that it is.
     with ended_by_signals(server, app.state.stopping, listener):

@@ -20,21 +20,32 @@ class Transfer:
         self.ends_at = time.monotonic() + seconds
         self.is_over = False
         self._line: socket.socket | None = None
+        self._changing = threading.Lock()
 
     def use(self, line: socket.socket) -> None:
         """Say over which connection it goes on."""
-        self._line = line
-        if self.is_over:  # and is begun anew: that ends at once, too
-            self.cut()
+        with self._changing:
+            self._line = line
+            if self.is_over:  # and is begun anew: that ends at once, too
+                self._shut()
+
+    def leave(self, line: socket.socket | None) -> None:
+        """Say that a connection is given back, before another call may take it: from now on it is not cut."""
+        with self._changing:
+            if self._line is line:
+                self._line = None
 
     def cut(self) -> None:
         """End it: whoever reads from the connection or writes to it goes on at once, with an error or an end."""
-        self.is_over = True
-        line = self._line
-        if line is not None:
+        with self._changing:
+            self.is_over = True
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._line is not None:
             with suppress(OSError):  # it has ended by itself
                 # TLS' own way of shutting down would first take away what another thread is reading with.
-                socket.socket.shutdown(line, socket.SHUT_RDWR)
+                socket.socket.shutdown(self._line, socket.SHUT_RDWR)
 
 
 _running: ContextVar[Transfer | None] = ContextVar("transfer", default=None)

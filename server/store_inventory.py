@@ -54,7 +54,7 @@ class Inventory:
             return {one.key: one for one in _described(islice(found, PAGE_OBJECTS))}
 
     def has_upload(self, key: str) -> bool:
-        """Whether an upload is there."""
+        """Whether an upload is there; a bucket that is missing is trouble with the store, as everywhere."""
         return self._has(self._uploads_bucket, key)
 
     def has_output(self, key: str) -> bool:
@@ -89,7 +89,10 @@ class Inventory:
             with self._trouble.translated(bucket, key):
                 self._client.stat_object(bucket, key)
         except ObjectNotFound:
-            return False
+            # That answer has no body, so it would be the same without the bucket, or from a proxy before the store.
+            with self._trouble.translated(bucket, key):
+                found = self._client.list_objects(bucket, prefix=key, recursive=True)
+                return any(one.object_name == key for one in islice(found, 1))
         return True
 
 

@@ -134,6 +134,12 @@ class _UnhurriedTlsConnection(_UnhurriedConnection, HTTPSConnection):
 class _UnhurriedPool(HTTPConnectionPool):
     ConnectionCls = _UnhurriedConnection  # pyright: ignore[reportAssignmentType]
 
+    def _put_conn(self, conn: Any) -> None:
+        """Take a connection back; urllib3 does so before a call is over, where it tries again or an answer is read."""
+        if conn is not None and (transfer := running_transfer()) is not None:
+            transfer.leave(conn.sock)
+        super()._put_conn(conn)
 
-class _UnhurriedTlsPool(HTTPSConnectionPool):
+
+class _UnhurriedTlsPool(_UnhurriedPool, HTTPSConnectionPool):
     ConnectionCls = _UnhurriedTlsConnection  # pyright: ignore[reportAssignmentType]

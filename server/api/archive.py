@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio.to_thread
 import structlog
-from litestar import get
+from litestar import Request, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath
@@ -20,6 +20,7 @@ from server.api.batches import find_batch
 from server.api.errors import problems
 from server.api.jobs import OutputExpired
 from server.api.outputs import download_name
+from server.api.request_context import opened_files
 from server.api.services import Services
 from server.api.views import record_of_batch
 from server.errors import ObjectNotFound, ServerError, StoreUnavailable
@@ -42,14 +43,17 @@ _PIECE_BYTES = 256 * 1024
     },
 )
 async def download_archive(
-    batch_id: FromPath[str], services: NamedDependency[Services], principal: NamedDependency[Principal]
+    batch_id: FromPath[str],
+    request: Request[Any, Any, Any],
+    services: NamedDependency[Services],
+    principal: NamedDependency[Principal],
 ) -> Stream:
     """Answer a zip of the results that there are by now, as `001-<name>.<ext>` and so on, and `manifest.json`.
 
     The manifest is the batch without URLs; `file` of each output names its entry. An archive that breaks off has no end
     and does not open: better none than one that lacks a picture unnoticed.
     """
-    services.streams.check()
+    services.streams.take_for_archive(opened_files(request.scope))
     batch = await find_batch(services, principal, batch_id)
     ready = [(job, job.output) for job in batch.jobs if job.output]
     if not ready and any(job.status == JobStatus.SUCCEEDED for job in batch.jobs):
@@ -60,7 +64,11 @@ async def download_archive(
     return Stream(
         _chain(first, chunks),
         media_type="application/zip",
-        headers={"Content-Disposition": f'attachment; filename="restage-{batch_id}.zip"'},
+        headers={
+            "Content-Disposition": f'attachment; filename="restage-{batch_id}.zip"',
+            # A proxy that collects the answer would keep all of it, and hand it over when it is whole.
+            "X-Accel-Buffering": "no",
+        },
     )
 
 
@@ -78,7 +86,7 @@ async def _write_archive(services: Services, batch: Batch, ready: list[tuple[Job
     """Yield the archive; one result is in memory at a time."""
     sink = _Sink()
     # Pictures do not get smaller.
-    with services.streams.counted(), zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_STORED) as archive:
         for job, output in ready:
             data = await anyio.to_thread.run_sync(_read_output, services, output, limiter=services.store_threads)
             archive.writestr(_entry(download_name(job, output), batch), data)

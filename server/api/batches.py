@@ -1,6 +1,7 @@
 """`/v1/batches`: submit a batch, list them, read, cancel, retry and delete one."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated
 
 from litestar import Response, delete, get, post
@@ -71,10 +72,16 @@ async def submit_batch(
         services.webhook_secrets.check(principal.key_id)
     files = request.files or {}
     _check_priority(data.priority, principal)
-    await take_bytes(services.ledger, principal, sum(file.size_bytes for file in files.values()))
     key = None if idempotency_key is None else _read_key(idempotency_key, data, files)
+    size_bytes = sum(file.size_bytes for file in files.values())
     submission = await services.submitter.submit(
-        principal.owner, data, key, files, key_id=principal.key_id, max_owner_jobs=principal.max_open_jobs
+        principal.owner,
+        data,
+        key,
+        files,
+        key_id=principal.key_id,
+        max_owner_jobs=principal.max_open_jobs,
+        charge=partial(take_bytes, services.ledger, principal, size_bytes),
     )
     return Response(
         SubmissionView(

@@ -99,7 +99,8 @@ def _set_up_socket(transport: asyncio.Transport, send_timeout_seconds: float) ->
     peer: socket.socket = transport.get_extra_info("socket")
     # The kernel ends a connection whose peer has taken nothing for so long, or is not there any more. A stream that
     # nobody reads looks alive from here: what is written waits in buffers.
-    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout_seconds * 1000))
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # macOS has none: there such a client stays
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(send_timeout_seconds * 1000))
     # An answer is written in two pieces, and the second would wait for the client to confirm the first: 40 ms on a
     # connection that is kept. asyncio sets this only on sockets that were made with a protocol's number.
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -1,7 +1,6 @@
 """How many clients one process serves at once: who comes beyond that is told so, and when to come back."""
 
-from collections.abc import Generator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from typing import Any, ClassVar
 
 from litestar.connection import ASGIConnection
@@ -12,6 +11,8 @@ from server.errors import DependencyError
 
 # A body of JSON has seldom more, even of fifty items with prompts of their own.
 LARGE_BYTES = 64 * 1024
+# An archive holds a whole result in memory, where an event stream holds next to nothing.
+_STREAMS_PER_ARCHIVE = 10
 # In the state of a request whose connection is one too many.
 CROWDED = "is_crowded"
 
@@ -25,7 +26,7 @@ class TooManyConnections(DependencyError):
 
 
 class TooManyStreams(DependencyError):
-    """Raised when as many event streams and archives are open as `server.max_streams`."""
+    """Raised when as many event streams and archives are open as `server.max_streams`, or a tenth as many archives."""
 
     code: ClassVar[str] = "too_many_streams"
     title: ClassVar[str] = "Too many streams are open"
@@ -91,15 +92,20 @@ class OpenStreams:
     """Counts the answers that last as long as their clients like.
 
     Args:
-        most: how many there may be.
+        most: how many there may be; a tenth of them, but one at least, may be archives.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
+        self._most_archives = max(1, most // _STREAMS_PER_ARCHIVE)
         self._num_open = 0
+        self._num_archives = 0
 
-    def check(self) -> None:
-        """Look before another one is begun.
+    def take(self, until: AsyncExitStack) -> None:
+        """Take a place for an answer before it is begun.
+
+        Args:
+            until: gives the place back.
 
         Raises:
             TooManyStreams: there are as many as there may be.
@@ -109,12 +115,22 @@ class OpenStreams:
                 f"{self._most} event streams and archives are open, which is what server.max_streams allows; "
                 "GET /v1/batches/{id} tells the same without a stream"
             )
-
-    @contextmanager
-    def counted(self) -> Generator[None]:
-        """Count one as long as the block runs."""
         self._num_open += 1
-        try:
-            yield
-        finally:
-            self._num_open -= 1
+        until.callback(self._give_back)
+
+    def take_for_archive(self, until: AsyncExitStack) -> None:
+        """Take a place for an archive before it is begun; as `take`, and raises TooManyStreams sooner."""
+        if self._num_archives >= self._most_archives:
+            raise TooManyStreams(
+                f"{self._most_archives} archive(s) are open, a tenth of what server.max_streams allows; GET "
+                "/v1/jobs/{id}/output gives each result by itself"
+            )
+        self.take(until)
+        self._num_archives += 1
+        until.callback(self._give_back_archive)
+
+    def _give_back(self) -> None:
+        self._num_open -= 1
+
+    def _give_back_archive(self) -> None:
+        self._num_archives -= 1

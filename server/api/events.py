@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, Literal
 
-from litestar import Response, get
+from litestar import Request, Response, get
 from litestar.di import NamedDependency
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import FromPath, HeaderParameter
@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field
 from server.api.batches import find_batch
 from server.api.errors import problems
 from server.api.outputs import OutputSigner
+from server.api.request_context import opened_files
 from server.api.services import Services
 from server.api.views import View, show_progress, view_batch, view_batch_summary
 from server.errors import LedgerUnavailable
@@ -82,6 +83,7 @@ class EventView(View):
 )
 async def follow_batch(
     batch_id: FromPath[str],
+    request: Request[Any, Any, Any],
     services: NamedDependency[Services],
     principal: NamedDependency[Principal],
     last_event_id: _LastEventId = None,
@@ -92,7 +94,7 @@ async def follow_batch(
     Changes of state carry an `id`; a client that comes back with it as `Last-Event-ID` misses none. 204 tells an
     EventSource that nothing more will come.
     """
-    services.streams.check()
+    services.streams.take(opened_files(request.scope))
     await find_batch(services, principal, batch_id)
     position = last_event_id if last_event_id is not None and _is_event_id(last_event_id) else None
     if position is not None:
@@ -113,7 +115,6 @@ class _Follower:
     def __init__(self, services: Services, batch_id: str, position: str | None) -> None:
         self._ledger = services.ledger
         self._changes = services.changes
-        self._streams = services.streams
         self._stopping = services.stopping
         self._sign = OutputSigner(services)
         self._batch_id = batch_id
@@ -124,7 +125,7 @@ class _Follower:
 
     async def events(self) -> AsyncGenerator[str]:
         """Yield the stream. While Redis is away it stays open, with comments only; it ends when the process is to."""
-        with self._streams.counted(), self._changes.subscribed(self._batch_id) as changed:
+        with self._changes.subscribed(self._batch_id) as changed:
             yield f"retry: {_RECONNECT_MILLISECONDS}\n\n"
             sent_at = time.monotonic()
             while not self._is_over:

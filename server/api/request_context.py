@@ -26,7 +26,7 @@ def request_id(scope: Scope) -> str:
 
 
 def opened_files(scope: Scope) -> AsyncExitStack:
-    """Return what closes files once the request that `scope` belongs to is done, whatever became of it."""
+    """Return what closes files and gives places back once the request of `scope` is done, whatever became of it."""
     return scope["state"][_OPENED_KEY]
 
 
@@ -71,6 +71,8 @@ class RequestContext:
                     (b"x-request-id", chosen.encode("ascii")),
                     (b"x-content-type-options", b"nosniff"),
                     (b"referrer-policy", b"no-referrer"),
+                    # /docs in a frame of another site could have its buttons pressed unseen; no page can say so itself.
+                    (b"content-security-policy", b"frame-ancestors 'none'"),
                     *([(b"connection", b"close")] if is_crowded(scope) else ()),
                 ]
                 # Probes come every few seconds. The path only: a query may hold what is not for a log.

@@ -28,7 +28,10 @@ async def reopen(services: Services, principal: Principal, job_ids: Sequence[str
     limited = None if principal.max_open_jobs is None else (principal.owner, principal.max_open_jobs)
     answers = await services.ledger.reopen(principal.reach, job_ids, max_open_jobs=most, limited=limited)
     if "owner_full" in answers:
-        raise no_room_for(answers.count("owner_full"), principal.max_open_jobs)
+        refused = [job_id for job_id, answer in zip(job_ids, answers, strict=True) if answer == "owner_full"]
+        # An admin may have named others' jobs as well, which its limit is not about.
+        num_own = sum(job.owner == principal.owner for job in await services.ledger.read_jobs(refused))
+        raise no_room_for(num_own, principal.max_open_jobs)
     if "full" in answers:
         raise QueueFull(f"{most} jobs are open at most; try again when some are done")
     return answers

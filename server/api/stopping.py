@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import structlog
-from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from litestar.types import ASGIApp, HTTPScope, Message, Receive, Scope, Send
 
 from server.api.errors import PROBLEM_TYPE, problem_body
 from server.api.request_context import request_id
@@ -67,8 +67,9 @@ class StoppableRequests:
 class _Request:
     """One request, which may be ended from outside."""
 
-    def __init__(self, scope: Scope, send: Send, stopping: Stopping) -> None:
+    def __init__(self, scope: HTTPScope, send: Send, stopping: Stopping) -> None:
         self._scope = scope
+        self._path = scope["path"]  # the routing changes it
         self._send = send
         self._stopping = stopping
         self._limit = asyncio.timeout(None)
@@ -98,22 +99,18 @@ class _Request:
         await self._send(message)
 
     async def end(self) -> None:
-        path = self._scope["path"]
         if self._has_begun_answer:
-            _log.warning("request.broken_off", path=path, reason="the server is being stopped")
+            _log.warning("request.broken_off", path=self._path, reason="the server is being stopped")
         else:
             # Before the cancellation: a thread that waits for the store keeps that for as long as it waits itself.
             self._is_answered_here = True
-            _log.warning("request.refused", code=ServerStopping.code, path=path)
+            _log.warning("request.refused", code=ServerStopping.code, path=self._path)
             await self._refuse()
         if self in self._stopping.requests:  # it may have ended meanwhile
             self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def _refuse(self) -> None:
-        detail = (
-            "the server is being stopped before this request was done; send it again to another, a batch with the same "
-            "Idempotency-Key"
-        )
+        detail = f"the server is being stopped before this request was done; {self._advise()}"
         body = json.dumps(problem_body(ServerStopping, detail, request_id(self._scope))).encode()
         headers = [
             (b"content-type", PROBLEM_TYPE.encode()),
@@ -123,3 +120,13 @@ class _Request:
         ]
         await self._send({"type": "http.response.start", "status": ServerStopping.http_status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _advise(self) -> str:
+        if self._scope["method"] != "POST" or self._path.rstrip("/") != "/v1/batches":
+            return "send it again"
+        if any(name == b"idempotency-key" for name, _ in self._scope["headers"]):
+            return "send it again with the same Idempotency-Key"
+        return (
+            "look at GET /v1/batches whether it was accepted before you send it again: without an Idempotency-Key that "
+            "would be another batch"
+        )

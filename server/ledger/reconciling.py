@@ -52,6 +52,15 @@ class LedgerReconciler(LedgerReader):
         async with ledger_errors():
             return bool(await cast("Any", self._client).exists(f"{self._prefix}:shelf:{EVERYBODY}:all"))
 
+    async def other_ledgers(self) -> list[str]:
+        """Return the key prefixes of what may be other ledgers in the same Redis, of whatever schema."""
+        async with ledger_errors():
+            # Redis serves nobody else meanwhile. SCAN would be kinder, but its users need KEYS anyway, for Dramatiq.
+            found: list[str] = await cast("Any", self._client).keys("*:schema")
+        prefixes = {key.removesuffix(":schema") for key in found} - {self._prefix}
+        # Names that users choose stand behind another colon, and no prefix has one.
+        return sorted(prefix for prefix in prefixes if ":" not in prefix)
+
     async def batch_page(self, after: str) -> tuple[list[str], str]:
         """Return the ids of the next batches behind the position `after` ("" for the first), and the position then."""
         async with ledger_errors():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import anyio
+import anyio.to_thread
 import click
 
 from server.errors import ConfigError, DependencyError, ServerError
@@ -58,6 +59,7 @@ async def _compare(settings: Settings, wanted: Wanted, tally: Tally, printer: "_
     store = Store(settings.store)
     try:
         await ledger.require_schema()
+        await anyio.to_thread.run_sync(store.check)
         comparison = Comparison(
             ledger,
             store,
@@ -67,7 +69,7 @@ async def _compare(settings: Settings, wanted: Wanted, tally: Tally, printer: "_
             reads_bytes=wanted.reads_bytes,
             grace=timedelta(seconds=wanted.grace_seconds),
             trash_seconds=settings.retention.orphans_seconds,
-            may_discard=await ledger.has_batches(),
+            why_kept=await _find_why_kept(ledger),
         )
         async with aclosing(_all_findings(comparison)) as findings:
             async for finding in findings:
@@ -76,6 +78,14 @@ async def _compare(settings: Settings, wanted: Wanted, tally: Tally, printer: "_
     finally:
         await ledger.close()
         store.close()
+
+
+async def _find_why_kept(ledger: LedgerReconciler) -> str | None:
+    if not await ledger.has_batches():
+        return "the ledger knows no batch at all, so nothing is thrown away"
+    if others := await ledger.other_ledgers():
+        return f"it may be of the ledger under {others[0]!r} in the same Redis, so nothing is thrown away"
+    return None
 
 
 async def _all_findings(comparison: Comparison) -> AsyncGenerator[Finding]:

@@ -26,10 +26,14 @@ def reconcile(is_dry: bool, reads_bytes: bool, grace_seconds: float, as_json: bo
     mark get their mark. Objects that no record names go to the trash, and from there, after retention.orphans_seconds,
     out of the store.
 
+    Objects of another ledger are such that no record names, so each redis.key_prefix needs buckets of its own. While
+    the same Redis holds another ledger, nothing is thrown away.
+
     Results that are gone or have other bytes are told and left; so are jobs that the store knows and the ledger does
     not.
 
-    It may run while API and workers do. After Redis was set back, run it before the workers start.
+    It may run while API and workers do. After Redis was set back, run it before API and workers start: fences are
+    handed out again, and a worker writes over the result that was there.
 
     Exit status: 0 when nothing is wrong, or nothing any more; 1 when something was found and left, or in a dry run
     anything at all; 3 when the two could not be compared to the end.

@@ -30,7 +30,7 @@ class Comparison:
         reads_bytes: results are read and compared byte by byte.
         grace: how old an object must be before it counts as one that nobody names.
         trash_seconds: how long such an object stays in the trash.
-        may_discard: the ledger is one that could name objects.
+        why_kept: why nothing is thrown away; None: what nobody names is.
     """
 
     ledger: LedgerReconciler
@@ -41,7 +41,7 @@ class Comparison:
     reads_bytes: bool
     grace: timedelta
     trash_seconds: float
-    may_discard: bool
+    why_kept: str | None
 
     async def ask(self, call: Callable[[*Ts], T], *arguments: *Ts) -> T:
         """Make a call of the store in a thread."""
@@ -72,9 +72,8 @@ class Comparison:
         if not await self.ask(look, stray.key):
             return None
         job_id = None if is_upload else named_id
-        if not self.may_discard:
-            detail = "the ledger knows no batch at all, so nothing is thrown away"
-            return Finding(kind, "left", detail, key=stray.key, job_id=job_id)
+        if self.why_kept:
+            return Finding(kind, "left", self.why_kept, key=stray.key, job_id=job_id)
         if not self.is_dry:
             name = f"{'uploads' if is_upload else 'outputs'}/{stray.key}"
             going = await self.ledger.discard_stray(what, name, named_id, fence, delay_seconds=self.trash_seconds)

@@ -17,7 +17,7 @@ _OPEN = (JobStatus.QUEUED, JobStatus.RUNNING)
 _REASONS: dict[FinishAnswer, str] = {
     "differs": "the marker tells another batch, owner or photo than the ledger",
     "newer": "the ledger has handed it out more often than the marker tells",
-    "held": "a worker is doing it just now: run this again when it is done",
+    "held": "just now a worker may be doing it, or the janitor deleting its result: run this again later",
     "cancelling": "its cancel was accepted",
     "settled": "it was settled meanwhile",
     "unknown": "the ledger does not know it any more",
@@ -73,7 +73,9 @@ async def _judge_try(
     is_its_own = state is not None and (
         state.output_key == one.stored.key or (state.status is JobStatus.RUNNING and str(state.fence) == one.fence)
     )
-    if is_its_own or is_in_trash:
+    # After the ledger was set back this fence will be handed out again, and its worker writes to the very same key.
+    is_to_come = state is not None and state.status is not JobStatus.SUCCEEDED and int(one.fence) > state.fence
+    if is_its_own or is_to_come or is_in_trash:
         return None
     may_be_marked = state is None or state.status is not JobStatus.SUCCEEDED
     # A job that is marked as done is told with its marker, and keeps what it has until that is settled.

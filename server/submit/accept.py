@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 
@@ -75,6 +75,7 @@ class Submitter:
         *,
         key_id: str | None = None,
         max_owner_jobs: int | None = None,
+        charge: Callable[[], Awaitable[None]] | None = None,
     ) -> Submission:
         """Accept the items that can be done, durably, and say of each other one why not.
 
@@ -85,6 +86,7 @@ class Submitter:
             files: of the form that the request came in, by the names of their parts.
             key_id: whose secret signs the batch's webhook.
             max_owner_jobs: how many jobs of `owner` may be open with these; None for any number.
+            charge: counts the request towards a limit, or raises; a request that came before is not counted again.
 
         Raises:
             NothingAccepted: every item was refused.
@@ -100,6 +102,8 @@ class Submitter:
             if first[0] != idempotency.body_sha256:
                 raise conflict()
             return await self._replay(first[1])
+        if charge is not None:
+            await charge()
         drafts, errors = self._resolve(request)
         drafts = await self._store_files(owner, request, drafts, files, errors)
         photos = await self._look_at_photos(owner, drafts)

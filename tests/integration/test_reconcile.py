@@ -4,15 +4,18 @@ import hashlib
 import io
 import json
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 
+from server.errors import StoreUnavailable
 from server.jobs import JobStatus
 from server.marker import marker_key
 from server.reconcile.command import Wanted, reconcile
 from server.store import Store
+from tests.chaos.proxy import Proxy
 from tests.integration.ledger.kit import LedgerKit
 
 RESULT = b"x" * 500
@@ -79,8 +82,8 @@ def sides(valkey, s3, settings_for):
 def compare(sides, capsys):
     """Give a function that compares; it returns the exit status, {(kind, outcome, subject)} and the summary."""
 
-    def run(wanted):
-        status = reconcile(sides.settings, wanted)
+    def run(wanted, settings=None):
+        status = reconcile(settings or sides.settings, wanted)
         *lines, last = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         found = {(one["kind"], one["outcome"], one.get("job_id") or one["key"]) for one in lines}
         assert len(found) == len(lines)
@@ -215,11 +218,24 @@ def cancel_running(sides, batch_id):
     assert sides.ledger.run(sides.ledger.api.cancel("ana", [f"{batch_id}-0"])) == ["requested"]
 
 
+def let_lapse(sides, batch_id, worker_id="w1"):
+    """Let a worker claim the job of a batch and be cut off for longer than its lease."""
+    job = sides.ledger.claim([f"model of {batch_id}"], worker_id)
+    sides.ledger.client.zadd("restage:leases", {job.id: 1})
+
+
+def doom(sides, name):
+    """Let the janitor have a name in hand."""
+    sides.ledger.client.zadd("restage:trash", {name: int(time.time() * 1000) + 30_000})
+
+
 MISFITS = {
     "batch": (lambda sides, _: sides.mark("batch-0", "b0"), "another batch"),
     "owner": (lambda sides, _: sides.mark("owner-0", "owner", owner="bo"), "another batch"),
     "photo": (lambda sides, _: sides.mark("photo-0", "photo", photos=["b0-upload-0"]), "another batch"),
     "held": (lambda sides, _: (sides.mark("held-0", "held"), claim(sides, "held")), "just now"),
+    "lapsed": (lambda sides, _: (sides.mark("lapsed-0", "lapsed"), let_lapse(sides, "lapsed")), "just now"),
+    "doomed": (lambda sides, _: (sides.mark("doomed-0", "doomed"), doom(sides, "outputs/doomed-0/1/")), "just now"),
     "newer": (lambda sides, _: (sides.mark("newer-0", "newer"), claim(sides, "newer", 2)), "more often"),
     "cancelled": (lambda sides, name: (sides.mark(f"{name}-0", name, fence=5), cancel_running(sides, name)), "cancel"),
     "lost": (lambda sides, _: sides.mark("lost-0", "lost", fence=3), "not in the store"),
@@ -254,6 +270,64 @@ def test_a_worker_that_held_a_finished_job_has_lost_it(sides, compare):
     assert (found.status, found.fence, found.output.key) == (JobStatus.SUCCEEDED, 3, "b1-0/3/output.webp")
     assert sides.ledger.read("b1").counts["succeeded"] == 1
     assert sides.ledger.events("b1") == ["job.started", "job.succeeded", "batch.finished"]
+
+
+def test_the_worker_that_left_the_mark_does_not_hold_its_job(sides, compare):
+    """A job that the copy has as claimed, by the worker that has finished it since, is finished after its lease."""
+    sides.accept("b1", model="model of b1")
+    sides.write("b1-0/1/output.webp")
+    sides.mark("b1-0", "b1")
+    let_lapse(sides, "b1", "w9")
+    assert compare(REPAIR)[:2] == (0, {("unfinished_job", "repaired", "b1-0")})
+
+
+def test_what_the_next_try_will_write_to_is_no_stray(sides, compare):
+    """After a set-back fences are handed out again: a result is never thrown away by what stood there before."""
+    for batch_id in ("b1", "b2"):
+        sides.accept(batch_id, model=f"model of {batch_id}")
+        sides.write(f"{batch_id}-0/1/output.webp")
+    sides.ledger.run(sides.ledger.api.cancel("ana", ["b2-0"]))
+    for wanted in (LOOK, REPAIR):
+        assert compare(wanted)[:2] == (0, set())
+    name = "outputs/b1-0/1/output.webp"
+    assert not sides.ledger.run(sides.ledger.reconciler.discard_stray("try", name, "b1-0", "1", delay_seconds=0))
+    # What an earlier version has thrown away is taken out by the commit.
+    sides.ledger.client.zadd("restage:trash", dict.fromkeys((name, "outputs/b1-0/1/"), 1))
+    assert sides.ledger.commit(sides.ledger.claim(["model of b1"])) == "ok"
+    assert sides.ledger.trash() == set()
+
+
+def test_another_ledger_in_the_same_redis_may_name_what_this_one_does_not(sides, compare, valkey):
+    """Nothing is thrown away beside another key prefix; names that users chose are not taken for one."""
+    sides.finish("b1")
+    sides.write("nobody/1/output.webp")
+    sides.ledger.client.set("restage:served:schema", "1764000000000")
+    other = LedgerKit(valkey.url, prefix="other")
+    other.run(other.api.check_schema())
+    other.close()
+    assert compare(REPAIR)[:2] == (1, {("stray_output", "left", "nobody")})
+    sides.ledger.client.delete("other:schema")
+    assert compare(REPAIR)[:2] == (0, {("stray_output", "repaired", "nobody")})
+
+
+def test_a_photo_is_missed_only_where_the_store_says_so(sides, compare, s3):
+    """Without its bucket no photo is taken for lost, and a proxy's 404 is no word of the store."""
+    sides.accept("b1")
+    away = sides.settings.store.model_copy(update={"uploads_bucket": "away"})
+    status, found, summary = compare(REPAIR, sides.settings.model_copy(update={"store": away}))
+    assert (status, found) == (3, set())
+    assert "has no bucket away" in summary["error"]
+    store = Store(away)
+    with pytest.raises(StoreUnavailable, match="NoSuchBucket"):
+        store.inventory.has_upload("b1-upload-0")
+    store.close()
+    with Proxy(s3.server.ports[0]) as proxy:
+        behind = sides.settings.store.model_copy(update={"endpoint": proxy.address})
+        nothing = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
+        trap = proxy.answer_instead(b"/b1-upload-0", answer=nothing)
+        assert compare(REPAIR, sides.settings.model_copy(update={"store": behind}))[:2] == (0, set())
+        assert trap.times_left == 0
+    assert sides.ledger.job("b1-0").status is JobStatus.QUEUED
 
 
 def work_on(sides, kit, num_batches):

@@ -12,6 +12,7 @@ import pytest
 
 from server.errors import ObjectChanged, StoreTooSlow, StoreUnavailable
 from server.store import Store
+from server.store_deadline import running_transfer
 from tests.chaos.proxy import Proxy
 
 LIMIT_SECONDS = 0.5
@@ -140,6 +141,29 @@ def test_calls_at_once_end_each_in_its_own_time(behind_line, photo):
         for thread in threads:
             thread.join()
     assert sorted(map(str, outcomes)) == sorted(map(str, [StoreTooSlow, StoreTooSlow, len(PHOTO), len(PHOTO)]))
+
+
+def test_a_connection_that_was_given_back_is_not_cut(s3):
+    """A call whose time is over between two requests, or behind them, leaves the line to whoever has it by then."""
+    store = Store(s3.settings.model_copy(update={"pool_size": 1}))
+    store.check()
+    [pool] = [store._pool.pools[key] for key in store._pool.pools.keys()]  # noqa: SIM118
+    lent_out = pool.pool
+    assert lent_out is not None
+    [line] = [connection.sock for connection in lent_out.queue if connection]
+
+    def ask_until_time_is_over():
+        with store._trouble.translated("bucket"):
+            store._client.bucket_exists(s3.settings.uploads_bucket)
+            transfer = running_transfer()
+            assert transfer is not None
+            transfer.cut()
+
+    with pytest.raises(StoreTooSlow):
+        ask_until_time_is_over()
+    store.check()
+    assert [connection.sock for connection in lent_out.queue if connection] == [line]
+    store.close()
 
 
 @pytest.mark.parametrize(

@@ -276,6 +276,19 @@ def test_a_linked_file_stays_linked(keys: KeyStore, tmp_path: Path) -> None:
     assert len((tmp_path / "real.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_file_keeps_its_rights(keys: KeyStore) -> None:
+    """Whoever may read the file may read what replaces it: an API of another user goes on when root adds a key."""
+    keys.add("agency", "user")
+    keys.path.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(keys.path, 12_345, 12_346)
+    before = keys.path.stat()
+    keys.add("second", "user")
+    after = keys.path.stat()
+    assert (after.st_uid, after.st_gid, after.st_mode) == (before.st_uid, before.st_gid, before.st_mode)
+    assert after.st_ino != before.st_ino
+
+
 def test_a_key_has_the_limits_that_it_was_given(keys: KeyStore) -> None:
     """Limits must be told of whoever calls, as they are now; what is not named must not limit, and stay as it is."""
     key = keys.add("a", "user", requests_per_minute=60, max_bytes_per_day=10**15)

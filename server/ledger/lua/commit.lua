@@ -13,6 +13,8 @@ redis.call("HSET", job_key(job.id), "output", ARGV[3], "timings", ARGV[4], "para
 if ARGV[7] ~= "" then redis.call("HSET", job_key(job.id), "weights_sha256", ARGV[7]) end
 if ARGV[8] ~= "" then redis.call("HSET", job_key(job.id), "optimizations", ARGV[8]) end
 settle(job, "succeeded")
+-- Who took the names for a stray's, under the same fence before the ledger was set back, does not take the result.
+redis.call("ZREM", trash_key, "outputs/" .. cjson.decode(ARGV[3]).key, "outputs/" .. job.id .. "/" .. job.fence .. "/")
 
 -- What runs took lately decides on what the next ones will take: each new one counts a fifth.
 for i = 9, #ARGV, 2 do

@@ -2,8 +2,8 @@
 -- COMMIT would have it.
 -- ARGV: job id, batch id, owner, fence, attempts, worker or "", started, finished (ms), output, timings, params, inputs
 -- (JSON), sha256 of the weights or "", optimizations (JSON) or "". Returns finished | done | differs (batch, owner or
--- photos are not the job's) | newer (it was claimed again more often) | held (just now a worker has it) | cancelling |
--- settled (failed or cancelled meanwhile) | unknown
+-- photos are not the job's) | newer (it was claimed again more often) | held (a worker or the janitor may be at its
+-- result) | cancelling | settled (failed or cancelled meanwhile) | unknown
 local job = load_job(ARGV[1])
 local fence, marked_fence = tonumber(job.fence), tonumber(ARGV[4])
 if not job.status then return "unknown" end
@@ -19,15 +19,24 @@ local function names_of(inputs)
   return table.concat(names, "\n")
 end
 if names_of(redis.call("HGET", job_key(job.id), "inputs")) ~= names_of(ARGV[12]) then return "differs" end
--- The worker would write its own bytes over the result: it has the same fence, and so the same key.
+-- Another worker with the same fence, and so the same key, writes its own bytes over the result, and deletes them when it
+-- hears that it lost; so it may long after its lease. The worker that left the mark has nothing left to write, unless it
+-- has claimed the job once more.
 local lease = redis.call("ZSCORE", leases_key, job.id)
-if job.status == "running" and fence == marked_fence and lease and tonumber(lease) > now then return "held" end
+local is_leased = lease and tonumber(lease) > now
+if job.status == "running" and fence == marked_fence and (job.worker ~= ARGV[6] or is_leased) then return "held" end
+-- A janitor that has taken a name deletes what bears it; it has a minute for that, and the name is then due again.
+local output = cjson.decode(ARGV[9])
+local names = { "outputs/" .. job.id .. "/" .. ARGV[4] .. "/", "outputs/" .. output.key }
+for _, name in ipairs(names) do
+  local due = redis.call("ZSCORE", trash_key, name)
+  if due and tonumber(due) <= now + 60000 then return "held" end
+end
 
 if job.status == "queued" then remove_ready(job) end
 if job.status == "running" and fence < marked_fence then throw_away_try(job) end
 -- A try that was taken back since the copy was made has left the result's name there.
-local output = cjson.decode(ARGV[9])
-redis.call("ZREM", trash_key, "outputs/" .. job.id .. "/" .. ARGV[4] .. "/", "outputs/" .. output.key, marker_name(job.id))
+redis.call("ZREM", trash_key, marker_name(job.id), unpack(names))
 
 local key = job_key(job.id)
 redis.call("HSET", key, "fence", ARGV[4], "attempts", math.max(tonumber(job.attempts), tonumber(ARGV[5])), "worker",

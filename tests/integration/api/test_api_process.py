@@ -10,8 +10,11 @@ import time
 
 import httpx
 import pytest
+from litestar import Litestar
 
+from server.main import _configure as configure
 from server.ports import free_ports
+from server.settings import ServerSettings
 
 PATIENCE_SECONDS = 30
 
@@ -102,11 +105,18 @@ def test_clients_that_vanish_are_no_failure(start_api):
     wait_until_alive(process, url)
     address = ("127.0.0.1", httpx.URL(url).port)
     with socket.create_connection(address) as connection:
-        head = "POST /v1/batches HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
-        connection.sendall(head.encode())
+        head = "POST /v1/batches HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         time.sleep(0.3)
     assert httpx.get(f"{url}/v1/models").status_code == 200
     process.terminate()
     _, log = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0
     assert '"level": "error"' not in log
+
+
+def test_a_connection_is_kept_as_long_as_a_head_may_take():
+    """Uvicorn must not close sooner: a proxy that keeps connections would send into one that is being closed."""
+    for seconds in (0.5, 30.0, 75.0):
+        config = configure(Litestar(), ServerSettings(header_timeout_seconds=seconds))
+        assert seconds <= config.timeout_keep_alive < seconds + 1

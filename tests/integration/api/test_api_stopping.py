@@ -63,7 +63,7 @@ class Sender:
 
     def __init__(self, port: int, head: str, *, length: int = 0) -> None:
         self.connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS)
-        self.send(f"{head} HTTP/1.1\r\nHost: a\r\nContent-Length: {length}\r\n".encode())
+        self.send(f"{head} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n".encode())
 
     def send(self, data: bytes) -> None:
         self.connection.sendall(data)
@@ -162,7 +162,7 @@ def open_connections(port: int, body: bytes) -> dict[str, Sender]:
 
 def check_farewell(senders: dict[str, Sender], body: bytes) -> str:
     """Who goes on is served, and told that this was the last answer; returns the id of the batch that came late."""
-    senders["kept"].send(b"GET /v1/presets HTTP/1.1\r\nHost: a\r\n\r\n")
+    senders["kept"].send(b"GET /v1/presets HTTP/1.1\r\nHost: localhost\r\n\r\n")
     status, headers, _ = senders["kept"].answer()
     assert (status, headers["connection"]) == (200, "close")
     assert senders["kept"].is_closed()
@@ -178,6 +178,7 @@ def check_refusals(senders: dict[str, Sender]) -> None:
     for name in ("never", "form"):
         status, headers, answer = senders[name].answer()
         assert (status, json.loads(answer)["code"]) == (503, "server_stopping")
+        assert "look at GET /v1/batches" in json.loads(answer)["detail"]
         assert int(headers["retry-after"]) > 0
         assert headers["content-type"] == "application/problem+json"
 
@@ -258,7 +259,9 @@ def test_a_store_that_hangs_does_not_hold_a_stopping_api(start_api, open_live_ap
     os.kill(s3.server.child.pid, signal.SIGSTOP)
     try:
         calls = [
-            threading.Thread(target=call, args=("POST", "/v1/batches"), kwargs={"files": form}),
+            threading.Thread(
+                target=call, args=("POST", "/v1/batches"), kwargs={"files": form, "headers": {"Idempotency-Key": "one"}}
+            ),
             threading.Thread(target=call, args=("GET", f"/v1/batches/{done['id']}/archive")),
         ]
         for one in calls:
@@ -272,4 +275,7 @@ def test_a_store_that_hangs_does_not_hold_a_stopping_api(start_api, open_live_ap
         os.kill(s3.server.child.pid, signal.SIGCONT)
     assert [(one.status_code, one.json()["code"]) for one in answers] == [(503, "server_stopping")] * 2
     assert all(int(one.headers["retry-after"]) > 0 for one in answers)
+    details = {one.request.method: one.json()["detail"] for one in answers}
+    assert details["POST"].endswith("; send it again with the same Idempotency-Key")
+    assert details["GET"].endswith("; send it again")
     assert events[-1] == "api.given_up"

@@ -87,6 +87,7 @@ def test_an_archive_holds_each_result_and_the_record(api):
     assert response.headers["content-type"] == "application/zip"
     assert response.headers["content-disposition"] == f'attachment; filename="restage-{batch["id"]}.zip"'
     assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-accel-buffering"] == "no"
     read = api.http.get(f"/v1/batches/{batch['id']}").json()
     with opened(response) as archive:
         assert archive.testzip() is None
@@ -286,13 +287,25 @@ def test_an_archive_costs_the_memory_of_one_image(open_live_api):
 
 
 def test_a_client_that_leaves_ends_its_archive(open_live_api, wait_until):
-    """What a download held is given back when its client goes away in the middle."""
-    with open_live_api(RESTAGE__STORE__POOL_SIZE="1") as api:
+    """What a download held is given back when its client goes away in the middle; until then no other one fits."""
+    with open_live_api(RESTAGE__STORE__POOL_SIZE="1", RESTAGE__SERVER__MAX_STREAMS="11") as api:
         batch = accept(api, *[None] * 10)
         finish_with(api, batch, secrets.token_bytes(4 * MIB))
-        for _ in range(3):
+
+        def come_and_leave():
             with api.http.stream("GET", f"/v1/batches/{batch['id']}/archive") as response:
-                next(response.iter_raw())
+                if response.status_code == 503:
+                    return False
+                pieces = response.iter_raw()  # the download ends with it
+                next(pieces)
+                beyond = fetch(api, batch)
+                assert (beyond.status_code, beyond.json()["code"]) == (503, "too_many_streams")
+                assert "1 archive(s) are open" in beyond.json()["detail"]
+            return True
+
+        for _ in range(3):
+            wait_until(come_and_leave)
+        wait_until(lambda: fetch(api, batch).status_code == 200)
         wait_until(lambda: api.services.store_threads.borrowed_tokens == 0)
         with opened(fetch(api, batch)) as archive:
             assert len(archive.namelist()) == 11

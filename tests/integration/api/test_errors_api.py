@@ -83,7 +83,7 @@ def test_a_body_that_trickles_is_given_up(open_api):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"host", b"a"), (b"content-type", b"application/json")]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
     scope = {"type": "http", "method": "POST", "path": "/v1/batches", "query_string": b"", "headers": headers}
     scope |= {"scheme": "http", "server": ("a", 80), "client": ("b", 1), "root_path": "", "http_version": "1.1"}
     with open_api(RESTAGE__SERVER__BODY_TIMEOUT_SECONDS="0.05") as api:
@@ -131,9 +131,10 @@ def test_a_mistake_of_ours_is_logged_and_not_shown(api, capfd, caplog):
 
 
 def test_every_answer_has_the_safe_headers(api):
-    """No answer may be taken for another type, and no address with a signature may leak as a referrer."""
-    for path in ("/health/live", "/v1/models", "/nothing"):
+    """No answer may be taken for another type, shown in another site's frame, or leak a signed address."""
+    for path in ("/health/live", "/v1/models", "/nothing", "/docs"):
         headers = api.http.get(path).headers
         assert headers["x-content-type-options"] == "nosniff"
         assert headers["referrer-policy"] == "no-referrer"
+        assert headers["content-security-policy"] == "frame-ancestors 'none'"
     assert api.http.get("/v1/models").headers["cache-control"] == "no-store"

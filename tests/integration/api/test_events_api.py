@@ -5,7 +5,9 @@ import contextlib
 import io
 import json
 import random
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -422,3 +424,24 @@ def test_a_reader_of_changes_ends_when_it_is_told_to(valkey, settings_for):
         await ledger.close()
 
     asyncio.run(story())
+
+
+def test_a_burst_gets_no_more_streams_than_there_may_be(open_live_api, wait_until):
+    """Of many that come at once only so many are let in, and their places are free again however they end."""
+    with open_live_api(RESTAGE__SERVER__MAX_STREAMS="2") as api:
+        [upload_id] = api.upload(picture())
+        path = f"/v1/batches/{api.accept({'upload_id': upload_id})['id']}/events"
+        for _ in range(3):
+            assert api.http.get(f"/v1/batches/{'0' * 32}/events").status_code == 404
+        all_answered = threading.Barrier(10)
+
+        def come(_):
+            with api.http.stream("GET", path, timeout=PATIENCE_SECONDS) as response:
+                all_answered.wait(PATIENCE_SECONDS)
+                return response.status_code
+
+        for _ in range(2):
+            with ThreadPoolExecutor(10) as clients:
+                statuses = list(clients.map(come, range(10)))
+            assert sorted(statuses) == [200] * 2 + [503] * 8
+            wait_until(lambda: api.services.streams._num_open == 0)

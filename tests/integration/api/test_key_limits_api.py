@@ -92,15 +92,15 @@ def test_limits_change_at_once(api, keys):
 
 
 def test_a_key_sends_so_many_bytes_a_day(api, keys, pass_time):
-    """Announced photos and those of a form count together, and what is refused counts nothing."""
+    """Announced photos and those of a form count together; what is refused, or comes again, counts nothing."""
     size = PHOTO_BYTES
     headers = bearer(keys.add("ana", "user", max_bytes_per_day=3 * size))
 
-    def send_form(number):
+    def send_form(number, **more):
         items = [{"file": f"p{index}"} for index in range(number)]
         parts = [("batch", (None, json.dumps({"items": items}).encode(), "application/json"))]
         parts += [(f"p{index}", ("a.png", picture((index, 0, 0)))) for index in range(number)]
-        return api.http.post("/v1/batches", files=parts, headers=headers)
+        return api.http.post("/v1/batches", files=parts, headers=headers | more)
 
     def announce(*sizes, content_type="image/png"):
         files = [{"filename": "a.png", "content_type": content_type, "size_bytes": one} for one in sizes]
@@ -108,11 +108,14 @@ def test_a_key_sends_so_many_bytes_a_day(api, keys, pass_time):
 
     assert announce(size, content_type="image/gif").status_code == 422
     assert announce(size).status_code == 201
-    assert send_form(1).status_code == 201
+    first = send_form(1, **{"Idempotency-Key": "one"})
+    assert first.status_code == 201
     check_refused(send_form(2), "too_many_bytes", at_most_seconds=86_400 / 3 + 1)
     assert len(api.redis.keys("restage:upload:*")) == 2
     assert announce(size).status_code == 201
     check_refused(announce(1), "too_many_bytes", at_most_seconds=86_400)
+    again = send_form(1, **{"Idempotency-Key": "one"})
+    assert (again.status_code, again.json()) == (201, first.json())
     for response in (announce(size, size, 2 * size), send_form(4)):
         assert (response.status_code, response.json()["code"]) == (403, "forbidden")
         assert f"this key may send {3 * size} bytes a day" in response.json()["detail"]
@@ -144,7 +147,13 @@ def test_a_key_has_so_many_jobs_open(api, keys):
         assert api.http.post(f"/v1/jobs/{job_id}/cancel", headers=limited).status_code == 200
     response = api.http.post("/v1/jobs/retry", json={"ids": ids}, headers=limited)
     assert (response.status_code, response.json()["code"]) == (403, "forbidden")
+    [own_upload] = api.upload(picture(), content_type="image/png", headers=admin)
+    own_id = api.submit({"upload_id": own_upload}, headers=admin).json()["batch"]["jobs"][0]["id"]
+    assert api.http.post(f"/v1/jobs/{own_id}/cancel", headers=admin).status_code == 200
+    assert api.submit({"upload_id": own_upload}, headers=admin).status_code == 201
     # An operator's limit is about work of its own.
+    response = api.http.post("/v1/jobs/retry", json={"ids": [*ids, own_id]}, headers=admin)
+    check_refused(response, "too_many_open_jobs", at_most_seconds=60)
     assert api.http.post("/v1/jobs/retry", json={"ids": ids}, headers=admin).status_code == 200
 
 

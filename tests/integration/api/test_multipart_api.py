@@ -266,7 +266,7 @@ def call_by_hand(api, receive, content_type=FORM):
     async def send(message):
         sent.append(message)
 
-    headers = [(b"host", b"a"), (b"content-type", content_type.encode())]
+    headers = [(b"host", b"localhost"), (b"content-type", content_type.encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/batches", "query_string": b"", "headers": headers}
     scope |= {"scheme": "http", "server": ("a", 80), "client": ("b", 1), "root_path": "", "http_version": "1.1"}
     api.http.blocking_portal.call(api.http.app, scope, receive, send)

@@ -123,7 +123,7 @@ def dribble(connection: socket.socket, *, byte: bytes = b"a", every_seconds: flo
 
 
 def head(*lines: str, method: str = "POST", path: str = "/v1/batches") -> bytes:
-    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: a", *lines, "", ""]).encode()
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: localhost", *lines, "", ""]).encode()
 
 
 JSON = "Content-Type: application/json"
@@ -134,7 +134,7 @@ LARGE = "Content-Length: 900000"
 # What is sent, what is sent again and again behind it, and what the server says before it gives up.
 SLOW = {
     "nothing": (b"", b"", b""),
-    "a head": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nX: ", b"a", b""),
+    "a head": (b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nX: ", b"a", b""),
     "a second head": (head(method="GET", path="/health/live") + b"GET ", b"a", b" 200 "),
     "a body": (head(JSON, LARGE), b" ", b" 408 "),
     "a body in chunks": (head(JSON, "Transfer-Encoding: chunked"), b"1\r\n \r\n", b" 408 "),

@@ -1,11 +1,14 @@
 """The model's answers to workers: claims, what happens to a held job, and what a worker announces."""
 
+import math
+
 from tests.integration.ledger.kit import LEASE_SECONDS, ORPHANS_SECONDS
 from tests.integration.ledger.model_moves import PRIORITIES, ModelMoves
 from tests.integration.ledger.model_records import Announced, ModelJob
 
 CLAIM_SECONDS = 60
 ANNOUNCED_SECONDS = 30
+JANITOR_SECONDS = 60
 ANSWER_SECONDS = 60
 SPEED_SECONDS = 30 * 24 * 3600
 MAX_ERRORS = 2
@@ -90,6 +93,8 @@ class ModelWorkers(ModelMoves):
             self.end(job, "cancelled")
             return "cancelled"
         job.output, job.params, job.has_timings = f"{job.try_name.partition('/')[2]}output.webp", {"seed": 7}, True
+        for name in (job.try_name, f"outputs/{job.output}"):
+            self.trash.pop(name, None)
         self.end(job, "succeeded")
         self._measure(job.model, speeds)
         return "ok"
@@ -105,7 +110,7 @@ class ModelWorkers(ModelMoves):
             return "newer"
         if job.cancel:
             return "cancelling"
-        if job.status == "running" and job.fence == fence and (job.lease_until or 0) > self.now:
+        if self._may_be_written_or_deleted(job, fence, worker):
             return "held"
         if job.status == "running" and job.fence < fence:
             self.trash[job.try_name] = self.now + ORPHANS_SECONDS
@@ -117,6 +122,13 @@ class ModelWorkers(ModelMoves):
         job.batch.status, job.batch.is_started = "running", True
         self.end(job, "succeeded")
         return "finished"
+
+    def _may_be_written_or_deleted(self, job: ModelJob, fence: int, worker: str) -> bool:
+        is_leased = (job.lease_until or 0) > self.now
+        if job.status == "running" and job.fence == fence and (job.worker != worker or is_leased):
+            return True
+        names = (f"outputs/{job.id}/{fence}/", f"outputs/{job.id}/{fence}/output.webp")
+        return any(self.trash.get(name, math.inf) <= self.now + JANITOR_SECONDS for name in names)
 
     def _measure(self, model: str, speeds: dict[str, float]) -> None:
         if not speeds:
