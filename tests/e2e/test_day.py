@@ -18,7 +18,7 @@ from server.store import Store
 FLUX, QWEN = "tiny-flux-kontext", "tiny-qwen-image-edit-2511"
 DAY_SECONDS = 24 * 3600
 # What remains in the ledger while processes run: what they say of themselves.
-STANDING = ("restage:schema", "restage:swept", "restage:worker", "restage:served")
+STANDING = ("restage:schema", "restage:swept", "restage:worker", "restage:served", "restage:weights")
 
 
 def photo(index: int, size: tuple[int, int] = (96, 80)) -> bytes:

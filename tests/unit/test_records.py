@@ -22,6 +22,7 @@ from server.jobs import (
     Webhook,
 )
 from server.ledger.api_side import ApiLedger
+from server.ledger.reconciling import LedgerReconciler
 from server.ledger.records import (
     UploadRecord,
     batch_fields,
@@ -241,7 +242,8 @@ def test_references_are_counted() -> None:
     assert parse_upload(fields).references == 3
 
 
-SCRIPTS = {name for side in ApiLedger.__mro__ for name in getattr(side, "SCRIPTS", ())} | set(WORKER_SCRIPTS)
+API_SIDES = {*ApiLedger.__mro__, LedgerReconciler}
+SCRIPTS = {name for side in API_SIDES for name in getattr(side, "SCRIPTS", ())} | set(WORKER_SCRIPTS)
 
 
 def test_every_script_is_there_and_is_used() -> None:
@@ -263,7 +265,7 @@ def test_a_script_is_its_prelude_and_itself_behind_its_flags(name: str) -> None:
     assert flags.removeprefix("#!lua ") == expected.get(name, "flags=allow-oom")
     assert text.index("local function job_key") < text.index(f"-- {name.upper()}: ")
     assert ("local function batch_reply" in text) == (name in READING - {"backlog", "read_events"} | {"take_webhooks"})
-    assert ("local function forget" in text) == (name in {"expire", "delete_batch"})
+    assert ("local function forget" in text) == (name in {"expire", "delete_batch", "finish_marked"})
 
 
 def test_replies_and_keys_have_their_shape() -> None:
