@@ -117,11 +117,14 @@ def test_reading_a_batch_costs_one_command(open_api):
         def num_calls():
             return {name: stat["calls"] for name, stat in api.redis.info("commandstats").items()}
 
-        before = num_calls()
-        assert len(api.http.get(f"/v1/batches/{batch['id']}").json()["jobs"]) == 50
-        after = num_calls()
-    from_outside = {"cmdstat_evalsha": 1, "cmdstat_info": 1}
-    # What the script itself calls is counted as well, and the reader of changes, which asks every second.
-    inside = {"hgetall", "hmget", "lrange", "smembers", "time", "xread", "xrevrange", "zcard", "zrange", "zrank"}
-    grown = {name: calls - before.get(name, 0) for name, calls in after.items() if calls != before.get(name, 0)}
-    assert {name: calls for name, calls in grown.items() if name.removeprefix("cmdstat_") not in inside} == from_outside
+        def count():
+            before = num_calls()
+            assert len(api.http.get(f"/v1/batches/{batch['id']}").json()["jobs"]) == 50
+            grown = {name: calls - before.get(name, 0) for name, calls in num_calls().items()}
+            outside = grown.keys() - {f"cmdstat_{name}" for name in inside}
+            return {name: grown[name] for name in outside if grown[name]}
+
+        # What the script itself calls is counted as well, and the reader of changes, which asks every second.
+        inside = {"hgetall", "hmget", "lrange", "smembers", "time", "xread", "xrevrange", "zcard", "zrange", "zrank"}
+        # Others that use this Redis now and then are counted too.
+        assert {"cmdstat_evalsha": 1, "cmdstat_info": 1} in [count() for _ in range(3)]

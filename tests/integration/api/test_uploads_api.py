@@ -87,11 +87,15 @@ def test_fifty_forms_cost_one_round_trip(open_api):
         def num_scripts():
             return api.redis.info("commandstats")["cmdstat_evalsha"]["calls"]
 
-        before = num_scripts()
-        response = ask(api, *[announced(b"x" * (number + 1)) for number in range(50)])
-        assert response.status_code == 201
-        assert len({form["upload_id"] for form in response.json()["uploads"]}) == 50
-        assert num_scripts() == before + 1
+        def count():
+            before = num_scripts()
+            response = ask(api, *[announced(b"x" * (number + 1)) for number in range(50)])
+            assert response.status_code == 201
+            assert len({form["upload_id"] for form in response.json()["uploads"]}) == 50
+            return num_scripts() - before
+
+        # Others that use this Redis now and then are counted too.
+        assert min(count() for _ in range(3)) == 1
 
 
 def sha256(data):
