@@ -1,11 +1,9 @@
 """The API as a process: it starts, it ends in order, and it says in one line why it cannot start."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import httpx
@@ -15,6 +13,7 @@ from litestar import Litestar
 from server.main import _configure as configure
 from server.ports import free_ports
 from server.settings import ServerSettings
+from tests.integration.api.process_kit import spawn_api
 
 PATIENCE_SECONDS = 30
 
@@ -25,22 +24,7 @@ def start_api(valkey, s3, tmp_path):
     started = []
 
     def start(**environment):
-        [port] = free_ports(1)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "api"],
-            env=os.environ
-            | {
-                "RESTAGE_ENV": "test",
-                "RESTAGE__REDIS__URL": valkey.url,
-                "RESTAGE__SERVER__PORT": str(port),
-                "RESTAGE__LOG__FORMAT": "json",
-            }
-            | s3.environment
-            | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process, port = spawn_api(valkey, s3, stdout=subprocess.PIPE, **environment)
         started.append(process)
         return process, f"http://127.0.0.1:{port}"
 

@@ -4,7 +4,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from server.ports import free_ports
+from tests.integration.api.process_kit import spawn_api
 
 PATIENCE_SECONDS = 30
 MIB = 1024 * 1024
@@ -24,21 +23,7 @@ PNG = bytes.fromhex("89504e470d0a1a0a0000000d49484452000003e8000003e80802000000c
 @pytest.fixture
 def api(valkey, s3):
     """Give the process and the address of a running `restage api`."""
-    [port] = free_ports(1)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "api"],
-        env=os.environ
-        | {
-            "RESTAGE_ENV": "test",
-            "RESTAGE__REDIS__URL": valkey.url,
-            "RESTAGE__SERVER__PORT": str(port),
-            "RESTAGE__LOG__FORMAT": "json",
-        }
-        | s3.environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process, port = spawn_api(valkey, s3, stdout=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not is_alive(url):

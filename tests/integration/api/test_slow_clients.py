@@ -1,10 +1,8 @@
 """Clients that send slowly, or read nothing, or are too many: nobody keeps a process by doing nothing."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,7 @@ import psutil
 import pytest
 
 from server.main import MOST_LARGE_BODIES
-from server.ports import free_ports
+from tests.integration.api.process_kit import spawn_api
 
 PATIENCE_SECONDS = 30
 # What slow clients get here.
@@ -61,23 +59,8 @@ def serve(valkey, s3) -> Callable[..., object]:
 
     @contextmanager
     def serving(**settings: float) -> Iterator[Server]:
-        [port] = free_ports(1)
         given = {f"RESTAGE__SERVER__{name.upper()}": str(value) for name, value in settings.items()}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "api"],
-            env=os.environ
-            | {
-                "RESTAGE_ENV": "test",
-                "RESTAGE__REDIS__URL": valkey.url,
-                "RESTAGE__SERVER__PORT": str(port),
-                "RESTAGE__LOG__FORMAT": "json",
-            }
-            | s3.environment
-            | given,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process, port = spawn_api(valkey, s3, stdout=subprocess.DEVNULL, **given)
         server = Server(port, psutil.Process(process.pid))
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not is_alive(server):
